@@ -1,0 +1,1 @@
+"""From web archives to training shards: `python -m data_pipelines CONFIG`."""

@@ -1,0 +1,284 @@
+"""The recipe of a corpus: one dataclass per TOML section; load_recipe() shows all problems at once."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from xlscale.languages import language_id
+
+
+class RecipeError(ValueError):
+    """What a person has to mend, one line per problem: the value, the rule and the way out."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    output: str
+    """Folder that gets shards/, heldout/, dropped/, tokenizer/, report.json; relative to where one starts."""
+    workers: int = 1
+    """Processes at work at once; the result is the same with any number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    archives: list[str]
+    """WARC files (.warc.gz or .warc), or patterns of them; one task each."""
+    max_faults: int = 3
+    """Damaged places (a cut end, a broken gzip member, an unreadable record) that one archive may have."""
+    max_page_bytes: int = 8_388_608
+    """Pages longer than this, after unpacking, are dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    timeout_seconds: float = 10.0
+    """A page that takes longer is dropped; Resiliparse takes about 0.4 ms for an ordinary one."""
+    memory_mib: int = 1024
+    """Memory that the extracting process may take; a page that needs more is dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentifyConfig:
+    languages: list[str] = field(default_factory=list)
+    """Codes of xlscale.languages to keep; empty = every language of XLM-R."""
+    min_probability: float = 0.95
+    """py3langid's probability from which it is believed alone, where pycld2 does not know."""
+    min_percent: int = 90
+    """Share of a page, in percent, from which pycld2 is believed where py3langid says otherwise."""
+    min_paragraph: int = 80
+    """Characters from which a paragraph of a page in several languages is identified by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    min_characters: int = 200
+    """Shortest page, in letters; a character of Han, Kana or Hangul counts for three."""
+    max_characters: int = 1_000_000
+    """Longest page."""
+    min_letters: float = 0.55
+    """Letters, marks and digits, of all characters that are not spaces."""
+    max_duplicate_lines: float = 0.30
+    """Share of the text that stands in lines that were there before."""
+    max_short_lines: float = 0.90
+    """Share of the lines that are too short to be sentences: menus and tables."""
+    max_code_lines: float = 0.40
+    """Share of the text in lines with the signs of program code or markup."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeduplicateConfig:
+    shingle: int = 7
+    """Characters in a shingle, for scripts with an alphabet; of Han, Kana and Hangul it takes half as many.
+    """
+    bands: int = 14
+    """Bands of the MinHash signature; two pages that share all hashes of one are compared."""
+    rows: int = 8
+    """Hashes in a band; 14 x 8 finds pages that are 80 % alike with probability .92."""
+    min_similarity: float = 0.75
+    """Estimated Jaccard similarity from which the later of two pages is dropped."""
+    seed: int = 1
+    """Key of the hash functions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutConfig:
+    fraction: float = 0.03
+    """Share of a language's documents that is kept out of the shards, by a hash of their ids."""
+    min_documents: int = 2
+    """At least so many documents of each language, but no more than a quarter of them (or one)."""
+    max_documents: int = 1000
+    """At most so many documents of each language are held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    min_documents: int = 4
+    """A language with fewer documents than this is dropped as a whole."""
+    documents_per_chunk: int = 128
+    """Documents in one member of a tar: what training reads and shuffles at once."""
+    chunks_per_shard: int = 64
+    """Members of one tar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    vocab_size: int = 32_000
+    """Ids of the tokenizer, special ones included."""
+    sampling_alpha: float = 0.3
+    """Share of a language in the text that the tokenizer learns from: p ~ n ** alpha, n its characters."""
+    max_characters: int = 100_000_000
+    """Text to learn from; SentencePiece takes about 19 bytes of memory for each byte."""
+    character_coverage: float = 0.9995
+    """Share of all characters that get a piece; the rest become <unk>."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    dropped_samples: int = 3
+    """Dropped documents kept in dropped/<reason>.jsonl, per reason and task; 0 = none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All sections of a recipe."""
+
+    run: RunConfig
+    read: ReadConfig
+    extract: ExtractConfig
+    identify: IdentifyConfig
+    filter: FilterConfig
+    deduplicate: DeduplicateConfig
+    heldout: HeldoutConfig
+    shards: ShardsConfig
+    tokenizer: TokenizerConfig
+    report: ReportConfig
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.run.output)
+
+    @property
+    def hash(self) -> str:
+        """Digest of all that decides the shards' bytes: settings and code, not where it runs."""
+        sections = asdict(self)
+        for name in ("run", "tokenizer"):
+            del sections[name]
+        del sections["read"]["archives"]  # what they hold counts, not where they lie
+        code = sorted(Path(__file__).parent.glob("steps/*.py"))
+        parts = [json.dumps(sections, sort_keys=True).encode(), *(path.read_bytes() for path in code)]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+SECTIONS: dict[str, type] = get_type_hints(Recipe)
+TYPES = {f"{name}.{key}": kind for name, cls in SECTIONS.items() for key, kind in get_type_hints(cls).items()}
+KINDS = {str: "a string", int: "an integer", float: "a number", list[str]: "a list of strings"}
+
+# Ranges of numbers: (lowest, highest), both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "run.workers": (1, 1024),
+    "read.max_faults": (0, 10**9),
+    "read.max_page_bytes": (1024, 2**30),
+    "extract.timeout_seconds": (0.05, 3600),
+    "extract.memory_mib": (64, 2**20),
+    "identify.min_probability": (0, 1),
+    "identify.min_percent": (0, 100),
+    "filter.min_letters": (0, 1),
+    "filter.max_duplicate_lines": (0, 1),
+    "filter.max_short_lines": (0, 1),
+    "filter.max_code_lines": (0, 1),
+    "deduplicate.shingle": (2, 64),
+    "deduplicate.bands": (1, 1024),
+    "deduplicate.rows": (1, 1024),
+    "deduplicate.min_similarity": (0, 1),
+    "heldout.fraction": (0, 0.5),
+    "heldout.min_documents": (0, 10**6),
+    "heldout.max_documents": (0, 10**6),
+    "shards.min_documents": (1, 10**9),
+    "shards.documents_per_chunk": (1, 10**6),
+    "shards.chunks_per_shard": (1, 10**6),
+    "tokenizer.vocab_size": (16, 1_000_000),
+    "tokenizer.sampling_alpha": (0, 1),
+    "tokenizer.max_characters": (1000, 10**12),
+    "tokenizer.character_coverage": (0.5, 1),
+    "report.dropped_samples": (0, 10**6),
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads the TOML file `path`, applies overrides ("section.key=value"); RecipeError lists all problems."""
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(str(p) for p in Path("configs").glob("data_*.toml"))
+        raise RecipeError([f"recipe {path} does not exist; there are {', '.join(there) or 'none in configs/'}"])
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path}: is not valid TOML: {error}; mend it there"]) from None
+    problems: list[str] = []
+    given: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for section, keys in raw.items():
+        if not isinstance(keys, dict):
+            problems.append(f"{path}: {section} stands outside of a section; write [section] above it")
+        elif section not in SECTIONS:
+            problems.append(f"{path}: unknown section [{section}]{_nearest(section, SECTIONS)}")
+        else:
+            given |= {f"{section}.{key}": value for key, value in keys.items()}
+    source |= dict.fromkeys(given, str(path))
+    for override in overrides:
+        name, equals, text = (part.strip() for part in override.partition("="))
+        if not equals:
+            problems.append(f"--set {override}: has no value; write --set section.key=value")
+            continue
+        given[name], source[name] = _override_value(name, text), f"--set {override}"
+    for name, value in given.items():
+        if name not in TYPES:
+            problems.append(f"{source[name]}: unknown key {name}{_nearest(name, TYPES)}")
+        elif not _fits(value, TYPES[name]):
+            problems.append(f"{source[name]}: {name} = {value!r} must be {KINDS[TYPES[name]]}")
+        elif name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+            low, high = RANGES[name]
+            problems.append(f"{source[name]}: {name} = {value} must be from {low:g} to {high:g}")
+    problems += _missing(path, given)
+    problems += _unknown_languages(given.get("identify.languages", []), source.get("identify.languages", ""))
+    if problems:
+        raise RecipeError(problems)
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in given.items():
+        section, key = name.split(".")
+        values[section][key] = float(value) if TYPES[name] is float else value
+    return Recipe(**{section: SECTIONS[section](**keys) for section, keys in values.items()})
+
+
+def _missing(path: Path, given: dict[str, Any]) -> list[str]:
+    return [
+        f"{path}: {section}.{spec.name} has no default and is missing; add `{spec.name} = ...` in [{section}]"
+        for section, cls in SECTIONS.items()
+        for spec in fields(cls)
+        if f"{section}.{spec.name}" not in given and spec.default is MISSING and spec.default_factory is MISSING
+    ]
+
+
+def _unknown_languages(codes: Any, source: str) -> list[str]:
+    problems = []
+    for code in codes if isinstance(codes, list) else []:
+        try:
+            language_id(str(code))
+        except ValueError as error:
+            problems.append(f"{source}: identify.languages: {error}")
+    return problems
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` for a name that is close to a known one, by itself or by its last part."""
+    names = list(known)
+    same_key = [other for other in names if other.partition(".")[2] == name.partition(".")[2] != ""]
+    close = same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+
+
+def _override_value(name: str, text: str) -> Any:
+    if TYPES.get(name) is str:
+        return text.strip("\"'")
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind

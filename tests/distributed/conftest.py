@@ -1,0 +1,91 @@
+"""One grid of real runs, launched once for all tests of this folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import ROOT, run
+from xlscale.config_rules import toml_value
+from xlscale.data.shards import Corpus
+
+STEPS = 20
+GRID = {"dp1-tp1": (1, 1, 4), "dp2-tp1": (2, 1, 2), "dp1-tp2": (1, 2, 4), "dp2-tp2": (2, 2, 2)}
+"""name -> (data-parallel, tensor-parallel, accumulation), as the issue asks."""
+BATCH = 8
+WORKER = str(ROOT / "tests" / "distributed" / "train_cases.py")
+
+ConfigFor = Callable[..., Path]
+
+BASE: dict[str, Any] = {
+    "training.seed": 7,
+    "training.total_steps": STEPS,
+    "training.global_batch_size": BATCH,
+    "training.precision": "fp32",
+    "training.threads": 1,
+    "training.max_grad_norm": 0.5,
+    "model.model_type": "xlm-roberta-xl",
+    "model.vocab_size": 640,
+    "model.hidden_size": 32,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 4,
+    "model.intermediate_size": 64,
+    "model.hidden_dropout_prob": 0.0,
+    "model.attention_probs_dropout_prob": 0.0,
+    "model.initializer_range": 0.1,
+    "data.sequence_length": 32,
+    "optimizer.learning_rate": 0.003,
+    "schedule.warmup_steps": 5,
+    "checkpoint.every": 10,
+    "checkpoint.keep": 0,
+    "logging.wandb": "disabled",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_corpus: Corpus, tiny_tokenizer_folder: Path) -> ConfigFor:
+    """(folder, name, changes) -> path of a config whose run folder is folder/name."""
+
+    def write(folder: Path, name: str, changes: dict[str, Any]) -> Path:
+        values = BASE | {
+            "run.dir": str(folder),
+            "run.name": name,
+            "data.shards": str(tiny_corpus.folder),
+            "data.tokenizer": str(tiny_tokenizer_folder),
+            "data.cache": str(folder / "tokens"),
+        }
+        sections: dict[str, list[str]] = {}
+        for key, value in (values | changes).items():
+            section, field = key.split(".")
+            sections.setdefault(section, []).append(f"{field} = {toml_value(value)}")
+        path = folder / f"{name}.toml"
+        path.write_text("\n".join(line for section, lines in sections.items() for line in (f"[{section}]", *lines)))
+        return path
+
+    return write
+
+
+def shape_changes(name: str) -> dict[str, Any]:
+    """What a config needs to run at one shape of the grid."""
+    dp, tp, accumulation = GRID[name]
+    return {"training.micro_batch_size": BATCH // (dp * accumulation), "parallel.tensor_parallel": tp}
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory: pytest.TempPathFactory, tiny_config: ConfigFor) -> dict[str, Path]:
+    """Run folders of 20 updates at each shape, and of tensor-parallel runs with dropout, post-LN and bf16."""
+    root = tmp_path_factory.mktemp("grid")
+    configs: dict[int, list[Path]] = {1: [], 2: [], 4: []}
+    for name, (dp, tp, _) in GRID.items():
+        configs[dp * tp].append(tiny_config(root, name, shape_changes(name)))
+    variants: dict[str, dict[str, Any]] = {
+        "dropout": {"model.hidden_dropout_prob": 0.1, "model.attention_probs_dropout_prob": 0.1},
+        "post-norm": {"model.model_type": "xlm-roberta"},
+        "bf16": {"training.precision": "bf16"},
+    }
+    for name, changes in variants.items():
+        configs[2].append(tiny_config(root, name, shape_changes("dp1-tp2") | changes))
+    for world_size, paths in configs.items():
+        run(world_size, [WORKER, *map(str, paths)], root / f"world{world_size}.log", timeout=240)
+    return {path.stem: root / path.stem for paths in configs.values() for path in paths}

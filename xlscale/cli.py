@@ -1,0 +1,134 @@
+"""The command `xlscale`: arguments in, one clear line out where a person can mend what is wrong."""
+
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from xlscale import __version__
+from xlscale.config import ConfigError, load_config
+
+# What is imported inside a command takes seconds (torch); --help and a misspelt key must not wait for it.
+
+app = typer.Typer(
+    name="xlscale",
+    help="From web archives to a multilingual encoder on the Hub.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"xlscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _xlscale(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    local_rank: LocalRank = None,
+) -> None:
+    _check_local_rank(local_rank)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file, as configs/demo.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
+    ] = None,
+    local_rank: LocalRank = None,
+) -> None:
+    """Pretrain by CONFIG, going on from the newest checkpoint of its run folder if there is one.
+
+    One process without a launcher; under `deepspeed --module xlscale.cli train CONFIG` one per GPU.
+    """
+    _check_local_rank(local_rank)
+    loaded = load_config(config, overrides or [])
+    from xlscale.training.loop import train
+
+    train(loaded)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder, as runs/demo/checkpoints/step-00000300.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: safetensors, config.json and the tokenizer.")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Number format of the weights.")] = "fp32",
+) -> None:
+    """Make a Hub folder of CHECKPOINT, tensor by tensor, that transformers loads."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from xlscale.checkpoint.consolidate import export_checkpoint
+
+    export_checkpoint(checkpoint, out, dtype)
+    print(out)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder, as runs/demo.")]) -> None:
+    """Write RUN/report.html, one page without network: losses, languages, throughput, corpus, predictions."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from xlscale.report import write_report
+
+    print(write_report(run))
+
+
+def main() -> None:
+    """Runs the command line; what a person can mend is one line per problem on stderr and exit status 2."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_for_people(error):
+            raise
+        _refuse(error)
+
+
+def _check_local_rank(local_rank: int | None) -> None:
+    """The deepspeed launcher gives the local rank by flag and in the environment; the latter is read."""
+    told = os.environ.get("LOCAL_RANK")
+    if local_rank is not None and told != str(local_rank):
+        raise ValueError(
+            f"--local_rank={local_rank} must equal the environment's LOCAL_RANK={told}; "
+            "leave it to the deepspeed launcher, which sets both"
+        )
+
+
+def _is_for_people(error: Exception) -> bool:
+    """Whether our own code raised it: a ValueError out of torch or another library is a bug to be traced."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [name.partition(".")[0] for name in frames]
+    while ours and ours[-1] in sys.stdlib_module_names and ours[-1] != "__main__":
+        ours.pop()  # open() and pathlib raise for us
+    return bool(ours) and ours[-1] in ("xlscale", "__main__")
+
+
+def _refuse(error: Exception) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    lines = str(error).splitlines()
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        lines = [f"{error.filename} does not exist; check the path"]
+    if rank != "0" and isinstance(error, ConfigError):
+        # All processes read the same config: rank 0 says what is wrong with it, and must come to that before
+        # the launcher sees an exit and kills the rest.
+        time.sleep(5.0)
+        lines = []
+    for line in lines:
+        print(f"xlscale: {line}" if rank == "0" else f"xlscale: [rank {rank}] {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

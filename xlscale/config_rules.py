@@ -1,0 +1,240 @@
+"""The rules that a configuration obeys, as data and small pure functions; config.py applies them."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# The rules are data: a rule on fields of which one is missing or has a wrong type is passed over, so that all
+# other problems still show.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "training.precision": ("bf16", "fp32"),
+    "parallel.zero_stage": (3,),
+    "model.model_type": ("xlm-roberta-xl", "xlm-roberta", "roberta"),
+    "model.hidden_act": ("gelu",),
+    # The keys of training.schedule.DECAYS, which this module may not import; a test holds the two equal.
+    "schedule.decay": ("linear", "cosine", "constant"),
+    "export.dtype": ("fp32", "bf16"),
+    "logging.wandb": ("offline", "online", "disabled"),
+}
+AT_LEAST: dict[str, int] = {
+    "training.seed": 0,
+    "training.total_steps": 1,
+    "training.global_batch_size": 1,
+    "training.micro_batch_size": 1,
+    "training.max_grad_norm": 0,
+    "training.max_skipped_updates": 1,
+    "training.threads": 0,
+    "training.stop_after": 0,
+    "parallel.tensor_parallel": 1,
+    "model.vocab_size": 8,
+    "model.hidden_size": 1,
+    "model.num_hidden_layers": 1,
+    "model.num_attention_heads": 1,
+    "model.intermediate_size": 1,
+    "model.max_position_embeddings": 1,
+    "model.type_vocab_size": 1,
+    "model.pad_token_id": 0,
+    "model.bos_token_id": 0,
+    "model.eos_token_id": 0,
+    "data.sequence_length": 8,
+    "optimizer.weight_decay": 0,
+    "schedule.warmup_steps": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+    "export.every": 0,
+    "logging.every": 1,
+}
+ABOVE_ZERO = ("model.layer_norm_eps", "model.initializer_range", "optimizer.learning_rate", "optimizer.eps")
+# name -> (lowest, highest, whether the highest itself is allowed, the usual value)
+BETWEEN: dict[str, tuple[float, float, bool, float]] = {
+    "model.hidden_dropout_prob": (0.0, 1.0, False, 0.1),
+    "model.attention_probs_dropout_prob": (0.0, 1.0, False, 0.1),
+    "data.sampling_alpha": (0.0, 1.0, True, 0.3),
+    "masking.mask_fraction": (0.0, 1.0, True, 0.8),
+    "masking.random_fraction": (0.0, 1.0, True, 0.1),
+    "schedule.final_fraction": (0.0, 1.0, True, 0.0),
+}
+NOT_EMPTY = ("run.name", "run.dir", "data.shards", "data.tokenizer", "logging.wandb_project")
+
+
+def _value_problem(name: str, value: Any) -> str | None:
+    """What is wrong with one well-typed value by itself, if anything."""
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+        return f"{name} = {value} is not finite; set a number"
+    if name in CHOICES and value not in CHOICES[name]:
+        known = ", ".join(toml_value(choice) for choice in CHOICES[name])
+        return f"{name} = {toml_value(value)} must be one of {known}"
+    if name in AT_LEAST and value < AT_LEAST[name]:
+        return f"{name} = {value} is too small; use {AT_LEAST[name]} or more"
+    if name in ABOVE_ZERO and value <= 0:
+        return f"{name} = {value} must be above 0; use a positive number"
+    if name in BETWEEN:
+        low, high, closed, usual = BETWEEN[name]
+        if not (low <= value <= high if closed else low <= value < high):
+            bound = f"up to {high}" if closed else f"below {high}"
+            return f"{name} = {value} must be from {low} {bound}; use {usual}, the usual value"
+    if name in NOT_EMPTY and not value.strip():
+        return f'{name} = "" must not be empty; set it in [{name.split(".")[0]}]'
+    return None
+
+
+def multiples(value: int, of: int) -> str:
+    """The multiples of `of` next to `value`, as words."""
+    below, above = value // of * of, (value // of + 1) * of
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def divisors(*numbers: int) -> list[int]:
+    """What divides all of `numbers`, up to 64 (no tensor-parallel group is larger)."""
+    return [d for d in range(1, 65) if all(n % d == 0 for n in numbers)]
+
+
+def _run_name(name: str) -> str | None:
+    if name != Path(name).name or name == "..":
+        return f"run.name = {toml_value(name)} must be one folder's name; put the folders above it in run.dir"
+    return None
+
+
+def _batches(whole: int, micro: int) -> str | None:
+    if whole % micro == 0:
+        return None
+    return (
+        f"training.global_batch_size = {whole} must be a multiple of micro_batch_size = {micro}; "
+        f"the nearest are {multiples(whole, micro)}"
+    )
+
+
+def _warmup(warmup: int, total: int) -> str | None:
+    if warmup <= total:
+        return None
+    return (
+        f"schedule.warmup_steps = {warmup} is more than training.total_steps = {total}; "
+        f"use at most {total} (6 % of the steps, {max(1, total * 6 // 100)}, is usual)"
+    )
+
+
+def _heads(hidden: int, heads: int) -> str | None:
+    if hidden % heads == 0:
+        return None
+    return (
+        f"model.num_attention_heads = {heads} must divide hidden_size = {hidden}; "
+        f"use one of {divisors(hidden)} or a hidden_size of {multiples(hidden, heads)}"
+    )
+
+
+def tensor_parallel_problem(tp: int, heads: int, intermediate: int, vocab: int) -> str | None:
+    if heads % tp == intermediate % tp == vocab % tp == 0:
+        return None
+    sizes = {"num_attention_heads": heads, "intermediate_size": intermediate, "vocab_size": vocab}
+    wrong = " and ".join(f"{name} = {size}" for name, size in sizes.items() if size % tp)
+    way = f"use one of {divisors(*sizes.values())}"
+    if heads % tp == intermediate % tp == 0:
+        way += f", or vocab_size = {(vocab // tp + 1) * tp} (rows above the tokenizer's are padding)"
+    return f"parallel.tensor_parallel = {tp} must divide {wrong}; {way}"
+
+
+def _positions(length: int, positions: int, pad: int) -> str | None:
+    room = positions - pad - 1
+    if length <= room:
+        return None
+    return (
+        f"data.sequence_length = {length} is more than the {room} tokens of max_position_embeddings = "
+        f"{positions}; use {room} or less, or model.max_position_embeddings = {length + pad + 1}"
+    )
+
+
+def _special_ids(vocab: int, pad: int, bos: int, eos: int) -> str | None:
+    if len({pad, bos, eos}) == 3 and max(pad, bos, eos) < vocab:
+        return None
+    return (
+        f"model.pad_token_id = {pad}, bos_token_id = {bos}, eos_token_id = {eos} must be three ids below "
+        f"vocab_size = {vocab}; use 1, 0 and 2 as all published models"
+    )
+
+
+def _corruption(mask: float, random: float) -> str | None:
+    if mask + random <= 1.0 + 1e-9:
+        return None
+    return (
+        f"masking.mask_fraction = {mask} and random_fraction = {random} must not add up to more than 1; "
+        "use 0.8 and 0.1, as all published models"
+    )
+
+
+def _probability(p: float) -> str | None:
+    if 0.0 < p < 1.0:
+        return None
+    return f"masking.mlm_probability = {p} must be above 0.0 and below 1.0; use 0.15, the usual value"
+
+
+def _betas(betas: list[float]) -> str | None:
+    if len(betas) == 2 and all(0.0 <= b < 1.0 for b in betas):
+        return None
+    return f"optimizer.betas = {betas} must be two numbers from 0.0 below 1.0; use [0.9, 0.98] as RoBERTa"
+
+
+def _languages(codes: list[str]) -> str | None:
+    twice = sorted({code for code in codes if codes.count(code) > 1})
+    if not twice:
+        return None
+    return f"data.languages names {', '.join(twice)} more than once; name each language once"
+
+
+Rule = Callable[..., str | None]
+CROSS_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
+    (("run.name",), _run_name),
+    (("training.global_batch_size", "training.micro_batch_size"), _batches),
+    (("schedule.warmup_steps", "training.total_steps"), _warmup),
+    (("model.hidden_size", "model.num_attention_heads"), _heads),
+    (
+        (
+            "parallel.tensor_parallel",
+            "model.num_attention_heads",
+            "model.intermediate_size",
+            "model.vocab_size",
+        ),
+        tensor_parallel_problem,
+    ),
+    (("data.sequence_length", "model.max_position_embeddings", "model.pad_token_id"), _positions),
+    (
+        ("model.vocab_size", "model.pad_token_id", "model.bos_token_id", "model.eos_token_id"),
+        _special_ids,
+    ),
+    (("masking.mlm_probability",), _probability),
+    (("masking.mask_fraction", "masking.random_fraction"), _corruption),
+    (("optimizer.betas",), _betas),
+    (("data.languages",), _languages),
+)
+
+
+def broken_rules(values: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """The fields and the line of every broken rule; `values` is section.key -> well-typed value."""
+    found = {name: _value_problem(name, value) for name, value in values.items()}
+    problems: list[tuple[tuple[str, ...], str]] = [((name,), problem) for name, problem in found.items() if problem]
+    sound = {name for name, problem in found.items() if not problem}
+    for names, rule in CROSS_RULES:
+        if sound.issuperset(names) and (problem := rule(*(values[name] for name in names))):
+            problems.append((names, problem))
+    return problems
+
+
+def toml_value(value: Any) -> str:
+    """`value` as it is written in TOML."""
+    if isinstance(value, str):
+        # A JSON string is a TOML string, but for the one control character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    return repr(value)
+
+
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The way out of a wrong name: the known one most like it, or all known ones."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

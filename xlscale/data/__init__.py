@@ -1,0 +1,1 @@
+"""Text shards, token shards and the position-addressed stream over them."""

@@ -1,0 +1,59 @@
+"""What the model is built from: parallelism is handed in here, so that the model never learns its rank.
+
+Legend: M masked positions, D hidden, V vocabulary (of this rank, where the projection is split).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class VocabProjection(nn.Module):
+    """Scores of every piece: tied word embeddings transposed, plus a bias.
+
+    A vocabulary-parallel version is a subclass that holds this rank's rows and overrides the three methods.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.register_parameter("weight", None)  # the model assigns the word embedding's weight: tied, never copied
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden_MD: Tensor) -> Tensor:
+        """Logits [M, V]."""
+        return F.linear(hidden_MD, self.weight, self.bias)
+
+    def token_losses(self, logits_MV: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy of each token in fp32 [M], and whether its best piece is the label [M], bool."""
+        losses_M = F.cross_entropy(logits_MV.float(), labels_M, reduction="none")
+        return losses_M, logits_MV.detach().argmax(dim=-1) == labels_M
+
+    def full_logits(self, logits_MV: Tensor) -> Tensor:
+        """Logits over the whole vocabulary: a split projection gathers them, for reading only."""
+        return logits_MV
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The module classes that parallelism replaces; the defaults are the plain ones of one process."""
+
+    column: Callable[[int, int], nn.Module] = nn.Linear
+    """(in, out): a linear layer whose outputs may be split over tensor-parallel ranks."""
+    row: Callable[[int, int], nn.Module] = nn.Linear
+    """(in, out): a linear layer whose inputs may be split; its output is whole on every rank."""
+    vocab_embedding: Callable[[int, int, int], nn.Module] = nn.Embedding
+    """(rows, hidden, padding row): an embedding whose rows may be split; it has an attribute `weight`."""
+    vocab_projection: Callable[[int], VocabProjection] = VocabProjection
+    """(rows): the decoder, whose `weight` the model sets to the embedding's."""
+    dropout: Callable[[float, int], nn.Module] = lambda p, site: nn.Dropout(p)
+    """(p, site): dropout of what is whole on every rank; `site` numbers the places of the model from 0, so
+    that the noise can be keyed by place and be the same on every tensor-parallel rank."""
+
+
+PLAIN = Parts()
+"""One process, nothing split."""
