@@ -12,7 +12,6 @@ It is written beside under another name, flushed, renamed, and only then pointed
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from xlscale.config import Config, to_toml
+from xlscale.data.shards import fsync_path
 from xlscale.parallel.tensor_parallel import split_dim
 from xlscale.parallel.topology import Topology, raise_together
 from xlscale.parallel.zero import KINDS, ShardedModel
@@ -42,14 +42,6 @@ FOLDER_NAME = re.compile(r"step-\d{8}")
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _seal(manifest: dict[str, Any]) -> str:
@@ -94,7 +86,7 @@ def save(root: Path, sharded: ShardedModel, config: Config, step: int, slot: int
             for kind in KINDS:
                 tensors[f"{kind}/{name}"] = sharded.read(parameter, kind).contiguous()
         save_file(tensors, partial / mine, metadata={"format": "pt", "starts": json.dumps(starts)})
-        _flush(partial / mine)
+        fsync_path(partial / mine)
         entry = {"bytes": (partial / mine).stat().st_size, "sha256": _digest(partial / mine)}
     except (OSError, SafetensorError) as error:
         problems.append(f"checkpoint {partial / mine}: {error}")
@@ -128,7 +120,7 @@ def _finish(
     for path in sorted(partial.rglob("*")):
         name = str(path.relative_to(partial))
         if path.is_file() and name not in files:
-            _flush(path)
+            fsync_path(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -148,17 +140,17 @@ def _finish(
     }
     manifest["seal"] = _seal(manifest)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _flush(partial / MANIFEST)
-    _flush(partial)
+    fsync_path(partial / MANIFEST)
+    fsync_path(partial)
     if final.exists():  # a step is saved again after a checkpoint newer than it was found broken
         final.rename(final.with_suffix(".removed"))
     partial.rename(final)
-    _flush(final.parent)
+    fsync_path(final.parent)
     pointer = final.parent / f"{LATEST}.partial-link"
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(final.name)
     pointer.replace(final.parent / LATEST)
-    _flush(final.parent)
+    fsync_path(final.parent)
 
 
 def _retain(root: Path, keep: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from xlscale.data.packing import pack_documents
-from xlscale.data.shards import Corpus, fsync_folder, write_atomically
+from xlscale.data.shards import Corpus, fsync_path, write_atomically
 from xlscale.tokenizer import SentencePieceTokenizer
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _derive(
         }
         write_atomically(beside / _MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
         beside.replace(folder)
-        fsync_folder(folder.parent)
+        fsync_path(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
