@@ -3,6 +3,9 @@
 SHELL := /bin/bash
 VENV  := .venv
 PY    := $(VENV)/bin/python
+# The tests compare with a second version of transformers, in a small environment of its own; it may lie elsewhere.
+XLSCALE_VENV_456 ?= .venv-4.56
+export XLSCALE_VENV_456
 
 # Build environments too: a source package that asks for torch must get the pinned one. The second name is what
 # newer versions of pip read for them.
@@ -23,10 +26,10 @@ TESTS := $(sort $(wildcard tests/test_*.py)) $(wildcard tests/conformance tests/
 demo: $(VENV)/.demo
 	$(PY) launch/demo.py
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(XLSCALE_VENV_456)/.made
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not gpu" --durations=15 $(TESTS)
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test $(XLSCALE_VENV_456)/.made
 	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=30 $(TESTS) $(wildcard tests/benchmarks)
 
 check: $(VENV)/.test
@@ -36,7 +39,7 @@ check: $(VENV)/.test
 
 # The runs are kept: they are results.
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-4.56 .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per set of packages: installed again only when what is wanted changes. The test set holds the demo's.
@@ -48,6 +51,13 @@ $(VENV)/.test: $(VENV)/.base
 $(VENV)/.demo: $(VENV)/.base
 	@echo "installing xlscale[demo] into $(VENV): a minute or two, once"
 	$(PY) -m pip install -e '.[demo]'
+	@touch $@
+
+# Nothing of ours is installed there: tests/conformance talks to it through a pipe.
+$(XLSCALE_VENV_456)/.made: $(VENV)/.base constraints-4.56.txt
+	@echo "installing transformers 4.56.2 into $(XLSCALE_VENV_456): a minute or two, once"
+	test -x $(XLSCALE_VENV_456)/bin/python || $(PY) -m venv $(XLSCALE_VENV_456)
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(XLSCALE_VENV_456)/bin/python -m pip install -r constraints-4.56.txt
 	@touch $@
 
 # An old environment is brought up to date in place, not thrown away.

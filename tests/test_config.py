@@ -36,6 +36,7 @@ warmup_steps = 2
 """
 # data_*.toml are the recipes of data_pipelines.
 FOLDER = Path(__file__).parents[1] / "configs"
+OPTIONAL = {name for name, spec in FIELDS.items() if spec.default is None}
 CONFIGS = sorted(path for path in FOLDER.glob("*.toml") if not path.name.startswith("data_"))
 
 
@@ -132,6 +133,18 @@ def test_all_problems_are_shown_at_once(tmp_path: Path) -> None:
         ("data.languages=['de_DE','de_DE']", "more than once", "de_DE"),
         ("training.total_steps=1e3", "must be an integer", "1000.0"),
         ("data.languages=de_DE", "must be a list of strings", '["en_XX", "de_DE"]'),
+        ("model.hidden_act=mish", "must be one of", '"gelu_new"'),
+        ("model.position_embedding_type=rotary", "must be one of", '"relative_key"'),
+        ("model.problem_type=ranking", "must be one of", '"regression"'),
+        ("model.classifier_dropout=1", "below 1.0", "0.1"),
+        ("model.classifier_dropout=high", "must be a number", "'high'"),
+        ("model.add_cross_attention=true", "for decoders only", "is_decoder = true"),
+        ("model.languages=['de_DE']", 'for model_type = "xmod" only', "leave it out"),
+        ("model.pre_norm=true", 'for model_type = "xmod" only', "leave it out"),
+        ("model.ln_before_adapter=false", 'for model_type = "xmod" only', "leave it out"),
+        ("model.num_labels=0", "too small", "1 or more"),
+        ("model.id2label={'0' = 'no', '2' = 'yes'}", "not those of num_labels = 2", 'name "0" to "1"'),
+        ("model.id2label=['no']", "must be a table of strings", '"0" = "no"'),
     ],
 )
 def test_a_broken_rule_names_the_value_the_rule_and_the_way_out(
@@ -140,6 +153,45 @@ def test_a_broken_rule_names_the_value_the_rule_and_the_way_out(
     (line,) = problems_of(small, override)
     assert rule in line and way in line and "\n" not in line
     assert override.partition("=")[0] in line
+
+
+XMOD = ["model.model_type=xmod", "model.languages=['en_XX', 'de_DE']"]
+
+
+@pytest.mark.parametrize(
+    ("override", "rule", "way"),
+    [
+        ("model.languages=[]", "gives no adapter", '["en_XX", "de_DE"]'),
+        ("model.languages=['pop']", '"pop" is not a code', "de_DE"),
+        ("model.languages=['en_XX', 'de.DE']", '"de.DE" is not a code', "de_DE"),
+        ("model.languages=['en_XX', 'en_XX']", "en_XX more than once", "once"),
+        ("model.default_language=fr_XX", 'default_language = "fr_XX" has no adapter', "en_XX, de_DE"),
+        ("model.adapter_reduction_factor=64", "more than hidden_size = 32", "2 or 4"),
+    ],
+)
+def test_a_broken_rule_of_adapters(small: Path, override: str, rule: str, way: str) -> None:
+    (line,) = problems_of(small, *XMOD, override)
+    assert rule in line and way in line and "\n" not in line
+
+
+def test_an_adapter_that_does_not_split_over_the_ranks_is_refused(small: Path) -> None:
+    assert load_config(small, XMOD).model.languages == ["en_XX", "de_DE"]
+    (line,) = problems_of(small, *XMOD, "model.adapter_reduction_factor=3", "parallel.tensor_parallel=4")
+    assert "makes adapters 10 wide" in line and "use one of [2, 4, 8, 1]" in line
+
+
+def test_training_refuses_adapters_as_long_as_the_language_does_not_reach_them(small: Path) -> None:
+    (line,) = check_topology(load_config(small, XMOD), 1)
+    assert "cannot be trained yet" in line
+
+
+def test_optional_fields_and_tables_go_through_toml(small: Path) -> None:
+    config = load_config(small, ["model.classifier_dropout=0", "model.id2label={'0' = 'nein \"', '1' = 'ja'}"])
+    assert config.model.classifier_dropout == 0.0 and isinstance(config.model.classifier_dropout, float)
+    assert load_config(small).model.classifier_dropout is None
+    for resolved in (config, load_config(small)):
+        small.with_name("again.toml").write_text(to_toml(resolved), encoding="utf-8")
+        assert load_config(small.with_name("again.toml")) == resolved
 
 
 def test_a_vocabulary_that_does_not_divide_offers_padding_rows(small: Path) -> None:
@@ -240,7 +292,7 @@ def test_the_decays_of_the_config_are_those_of_the_schedule() -> None:
 def test_a_published_config_is_complete_and_sound(path: Path) -> None:
     config = load_config(path)
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert {f"{section}.{key}" for section, keys in raw.items() for key in keys} == set(FIELDS)
+    assert {f"{section}.{key}" for section, keys in raw.items() for key in keys} == set(FIELDS) - OPTIONAL
     assert isinstance(config, Config)
     header = path.read_text(encoding="utf-8").split("[")[0]
     for word in ("What:", "Paper:", "Hardware:", "Cost:", "Command:"):

@@ -13,6 +13,9 @@ PUBLISHED = {
     "xlm-roberta-large": 560_142_482,
     "xlm-roberta-xl": 3_482_741_760,
     "xlm-roberta-xxl": 10_712_994_816,
+    "xmod-base": 852_723_858,
+    "xmod-large-prenorm": 1_581_897_874,
+    "xmod-xl": 22_604_426_240,  # ours, not published
 }
 
 

@@ -11,9 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from xlscale.checkpoint.hub import HF_NAMES, hf_names, read_hub_folder, write_hub_folder
+from xlscale.checkpoint.head_names import HEAD_NAMES
+from xlscale.checkpoint.hub import write_hub_folder
+from xlscale.checkpoint.hub_folder import read_hub_folder
+from xlscale.checkpoint.hub_names import HF_NAMES, hf_names, shapes_of, wildcards
 from xlscale.config import ModelConfig
 from xlscale.models.families import LAYOUTS, parameter_shapes
+from xlscale.models.heads import HEADS
 
 MODEL = ModelConfig(
     model_type="xlm-roberta-xl",
@@ -203,7 +207,7 @@ def test_shapes_are_compared_before_anything_is_written(tmp_path):
 
 
 def test_unknown_dtype_names_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"dtype='fp8'.*\['bf16', 'fp32'\]"):
+    with pytest.raises(ValueError, match=r"dtype='fp8'.*\['bf16', 'fp16', 'fp32'\]"):
         write(tmp_path / "hub", dtype="fp8")
 
 
@@ -269,14 +273,16 @@ def test_tensors_that_older_folders_hold_are_read(folder):
 
 BAD_CONFIGS = {
     "field of another family": ({"adapter_reduction_factor": 2}, "adapter_reduction_factor=2 is unknown"),
-    "relative positions": (
-        {"position_embedding_type": "relative_key"},
-        "position_embedding_type='relative_key' must be",
-    ),
-    "decoder": ({"is_decoder": True}, "is_decoder=True must be False"),
+    "positions": ({"position_embedding_type": "rotary"}, 'model.position_embedding_type = "rotary" must be one of'),
+    "encoder-decoder": ({"is_encoder_decoder": True}, "is_encoder_decoder=True must be False"),
+    "cross-attention": ({"add_cross_attention": True}, "set is_decoder = true"),
+    "labels": ({"num_labels": 3}, "num_labels=3 is not that of id2label, 2"),
+    "label numbers": ({"label2id": {"LABEL_0": 1}}, "label2id={'LABEL_0': 1} is not id2label turned round"),
+    "label names": ({"id2label": {"0": "no", "2": "yes"}, "label2id": None}, 'name "0" to "1"'),
+    "type of labels": ({"id2label": ["no", "yes"]}, "id2label=['no', 'yes'] must be a table of strings"),
     "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings=False must be True"),
     "missing": ({"layer_norm_eps": ...}, "layer_norm_eps is missing"),
-    "type": ({"hidden_size": "16"}, "hidden_size='16' must be int"),
+    "type": ({"hidden_size": "16"}, "hidden_size='16' must be an integer"),
     "activation": ({"hidden_act": "mish"}, 'model.hidden_act = "mish" must be one of'),
     "family": ({"model_type": "bert"}, "model_type='bert' is not a family; use one of"),
     "heads": ({"num_attention_heads": 3}, "num_attention_heads = 3"),
@@ -292,9 +298,9 @@ def test_config_field_that_cannot_be_honoured_is_refused(folder, case):
 
 
 def test_all_problems_of_a_config_are_shown_at_once(folder):
-    edit_config(folder, is_decoder=True, adapter_reduction_factor=2, vocab_size=...)
+    edit_config(folder, is_encoder_decoder=True, adapter_reduction_factor=2, vocab_size=...)
     message = refused(folder)
-    assert all(name in message for name in ("is_decoder", "adapter_reduction_factor", "vocab_size is missing"))
+    assert all(name in message for name in ("is_encoder_decoder", "adapter_reduction_factor", "vocab_size is missing"))
 
 
 class Bomb:
@@ -327,7 +333,7 @@ def test_missing_files_are_refused_by_name(tmp_path):
     index.write_text("[]")
     assert "is not an index" in refused(folder)
     index.unlink()
-    assert "has neither model.safetensors nor" in refused(folder)
+    assert "has none of model.safetensors," in refused(folder)
     (folder / "config.json").write_text("{")
     assert "is not JSON" in refused(folder)
     (folder / "config.json").unlink()
@@ -339,15 +345,27 @@ def test_missing_files_are_refused_by_name(tmp_path):
 # Names
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_names_are_one_to_one(family):
-    names = hf_names(ModelConfig(**{**vars(MODEL), "model_type": family}))
-    assert len(set(names.values())) == len(names)
-
-
-def test_every_row_of_the_table_is_used():
-    used = set()
+def family_models():
+    """One of each family, with all that a config can add to it."""
+    adapters = {"languages": ["en_XX", "de_DE"], "adapter_layer_norm": True}
     for family in LAYOUTS:
-        for name in hf_names(ModelConfig(**{**vars(MODEL), "model_type": family})):
-            used.add(re.sub(r"\.layers\.\d+\.", ".layers.N.", name.rsplit(".", 1)[0]))
-    assert used == HF_NAMES.keys()
+        decoder = {"is_decoder": True, "add_cross_attention": True, "position_embedding_type": "relative_key"}
+        for extra in ({}, decoder, *([{"pre_norm": True}] if family == "xmod" else [])):
+            yield ModelConfig(
+                **{**vars(MODEL), "model_type": family, **extra, **(adapters if family == "xmod" else {})}
+            )
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_names_are_one_to_one(head):
+    for model in family_models():
+        names = hf_names(model, head)
+        assert len(set(names.values())) == len(names) and names.keys() == shapes_of(model, head).keys()
+
+
+def test_every_row_of_the_tables_is_used():
+    used = set()
+    for model in family_models():
+        for head in HEADS:
+            used |= {wildcards(name.rsplit(".", 1)[0])[0] for name in hf_names(model, head)}
+    assert used == HF_NAMES.keys() | HEAD_NAMES.keys()

@@ -21,6 +21,7 @@ from xlscale.data.shards import Corpus
 from xlscale.data.stream import ORDER_VERSION, Batch, Stream
 from xlscale.data.tokens import TokenShards, prepare_tokens
 from xlscale.tokenizer import SentencePieceTokenizer
+from xlscale.tokenizer_bpe import load_tokenizer, train_bpe
 
 GLOBAL_BATCH_SIZE = 24
 
@@ -335,3 +336,19 @@ def test_large_vocabularies_and_small_ones_come_back_as_the_same_ids(
     large = prepare_tokens(tiny_corpus, large_tokenizer, 64, tmp_path / "large")
     assert (small.dtype, large.dtype) == (np.dtype("<u2"), np.dtype("<u4"))
     assert all(np.array_equal(small.blocks(code), large.blocks(code)) for code in small.languages)
+
+
+def test_a_byte_level_bpe_tokenizer_streams_too(tiny_corpus: Corpus, tmp_path: Path) -> None:
+    """RoBERTa's kind of tokenizer: the samples are the packed ids of the chunk, and read back as its text."""
+    texts = [document["text"] for language in tiny_corpus.languages for document in tiny_corpus.read(language)]
+    train_bpe(texts, 600, tmp_path / "bpe")
+    tokenizer = load_tokenizer(tmp_path / "bpe")
+    tokens = prepare_tokens(tiny_corpus, tokenizer, 32, tmp_path / "tokens")
+    stream = Stream(tokens, tokenizer, MaskingConfig(), seed=3, sampling_alpha=0.3)
+    assert stream.batch(np.arange(16)).input_ids.max() == tokenizer.mask_id
+    chunk = [document["text"] for document in tiny_corpus.read_chunk("ru_RU", 0)]
+    packed = pack_documents(tokenizer.encode_batch(chunk), 32, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    blocks = tokens.blocks("ru_RU")[: len(packed)]
+    assert np.array_equal(blocks, packed)
+    # A character may be cut between two blocks, so they are read back as one.
+    assert tokenizer.decode(blocks[:, 1:].ravel()) == "".join(chunk)

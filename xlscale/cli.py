@@ -77,6 +77,24 @@ def export(
     print(out)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of transformers or fairseq, or a weights file in it.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write: safetensors, config.json and the tokenizer.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Number format of the weights; by default SRC's.")
+    ] = None,
+) -> None:
+    """Make a Hub folder of SRC (safetensors, .bin, fairseq's model.pt), tensor by tensor, whatever its size."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from xlscale.checkpoint.importers import import_folder
+
+    import_folder(source, out, dtype or "")
+    print(out)
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder, as runs/demo.")]) -> None:
     """Write RUN/report.html, one page without network: losses, languages, throughput, corpus, predictions."""

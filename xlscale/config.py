@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from xlscale.config_rules import (
@@ -48,6 +49,8 @@ class TrainingConfig:
     """Gradients are scaled down to this global L2 norm; 0 = no clipping, as RoBERTa."""
     max_skipped_updates: int = 20
     """The run stops after so many updates in a row that were skipped for a gradient that is not finite."""
+    init_from: str = ""
+    """Hub folder whose weights the run starts from; "" = drawn from the seed."""
     threads: int = 0
     """CPU threads of torch in each process; 0 = the machine's cores divided by its processes."""
     stop_after: int = 0
@@ -65,7 +68,7 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     model_type: str
-    """Family as the Hub names it: "xlm-roberta-xl" (pre-LN), "xlm-roberta" or "roberta" (post-LN)."""
+    """Family as the Hub names it: "xlm-roberta-xl" (pre-LN), "xlm-roberta", "roberta" (post-LN), "xmod" (adapters)."""
     vocab_size: int
     """Rows of the word embedding; at least the tokenizer's ids, the rest is padding that is never sampled."""
     hidden_size: int
@@ -77,15 +80,19 @@ class ModelConfig:
     intermediate_size: int
     """Width inside the feed-forward network, four times hidden_size in all published shapes."""
     hidden_act: str = "gelu"
-    """Activation of the feed-forward network and of the head; "gelu" is the exact one (erf)."""
+    """Activation of the feed-forward network and of the adapters: "gelu" (erf), "gelu_new" (tanh), "relu" or "silu"."""
     hidden_dropout_prob: float = 0.1
     """Dropout on the embeddings and on what each sublayer adds to the residual stream."""
     attention_probs_dropout_prob: float = 0.1
     """Dropout on the attention weights."""
+    classifier_dropout: float | None = None
+    """Dropout in the classification heads; left out = hidden_dropout_prob."""
     max_position_embeddings: int = 514
     """Rows of the position embedding: the first token is at pad_token_id + 1, so 514 rows mean 512 tokens."""
     type_vocab_size: int = 1
-    """Rows of the token type embedding; every id used is 0."""
+    """Rows of the token type embedding; every id used is 0 unless token_type_ids are given."""
+    position_embedding_type: str = "absolute"
+    """"absolute", or distances inside every attention, "relative_key" or "relative_key_query" (transformers 4 only)."""
     layer_norm_eps: float = 1e-5
     """Added to the variance in every LayerNorm."""
     initializer_range: float = 0.02
@@ -96,6 +103,32 @@ class ModelConfig:
     """Id of <s>, the first token of every sequence."""
     eos_token_id: int = 2
     """Id of </s>, the last token of every document."""
+    is_decoder: bool = False
+    """A token attends to itself and to what stands before it only."""
+    add_cross_attention: bool = False
+    """Every layer of a decoder also attends to the states of another encoder."""
+    use_cache: bool = True
+    """Whether a decoder gives its keys and values back by default, for generation."""
+    languages: list[str] = field(default_factory=list)
+    """Languages that have an adapter in every layer, xmod only; a language's id is its place here."""
+    default_language: str = ""
+    """Language of a sample that comes without a language id, xmod only; "" = every sample must have one."""
+    pre_norm: bool = False
+    """A sublayer normalises its input, and a LayerNorm follows the last layer; xmod only, others follow the family."""
+    adapter_reduction_factor: int = 2
+    """hidden_size divided by the width inside an adapter."""
+    adapter_layer_norm: bool = False
+    """A LayerNorm of its own, shared by all languages of a layer, stands before the adapter."""
+    adapter_reuse_layer_norm: bool = True
+    """Without it, the feed-forward network's LayerNorm stands there too."""
+    ln_before_adapter: bool = True
+    """That LayerNorm comes before the residual branches off, not only on the adapter's input."""
+    num_labels: int = 2
+    """Classes of the classification heads."""
+    id2label: dict[str, str] = field(default_factory=dict)
+    """Name of every class by its number, as {"0" = "no", "1" = "yes"}; empty = LABEL_0 and so on."""
+    problem_type: str = ""
+    """"regression", "single_label_classification" or "multi_label_classification"; "" = by the labels given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +235,8 @@ TYPE_NAMES = {
     bool: "true or false",
     list[str]: 'a list of strings, as ["en_XX", "de_DE"]',
     list[float]: "a list of numbers, as [0.9, 0.98]",
+    dict[str, str]: 'a table of strings, as { "0" = "no", "1" = "yes" }',
+    float | None: "a number",
 }
 
 
@@ -215,6 +250,11 @@ def check_topology(config: Config, world_size: int) -> list[str]:
     problems = []
     tp = config.parallel.tensor_parallel
     model = config.model
+    if model.languages:  # all samples would go through the default language's adapter, in silence
+        problems.append(
+            f'model.model_type = "{model.model_type}" cannot be trained yet: the stream does not tell the model the '
+            "language of a sample; train another family"
+        )
     sizes = (model.num_attention_heads, model.intermediate_size, model.vocab_size)
     if problem := tensor_parallel_problem(tp, *sizes):
         problems.append(problem)
@@ -272,10 +312,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for name, value in given.items():
         if name not in FIELDS:
             problems.append(f"{sources[name]}: unknown key {name}{_nearest_key(name)}")
-        elif not _fits(value, TYPES[name]):
+        elif not fits(value, TYPES[name]):
             problems.append(f"{sources[name]}: {name} = {value!r} must be {TYPE_NAMES[TYPES[name]]}")
         else:
-            values[name] = _exact(value, TYPES[name])
+            values[name] = exact(value, TYPES[name])
     for name, spec in FIELDS.items():
         if name in given:
             continue
@@ -296,11 +336,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved config, every field, as TOML that load_config reads back to an equal Config."""
+    """The resolved config, every field that has a value, as TOML that load_config reads back to an equal Config."""
     blocks = []
     for section in SECTIONS:
         values = vars(getattr(config, section))
-        blocks.append("\n".join([f"[{section}]", *(f"{key} = {toml_value(v)}" for key, v in values.items())]))
+        blocks.append(
+            "\n".join([f"[{section}]", *(f"{key} = {toml_value(v)}" for key, v in values.items() if v is not None)])
+        )
     return "\n\n".join(blocks) + "\n"
 
 
@@ -308,19 +350,27 @@ def _flat(config: Config) -> dict[str, Any]:
     return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in FIELDS}
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a TOML value has the field's type; an integer serves as a number, a bool never does."""
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of TOML or JSON has the field's type; an integer serves as a number, a bool never does."""
+    if isinstance(kind, UnionType):  # of a type and None; in TOML, which has no None, the field is left out
+        return value is None or any(fits(value, each) for each in get_args(kind) if each is not NoneType)
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(fits(item, get_args(kind)[1]) for item in value.values())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is kind
 
 
-def _exact(value: Any, kind: Any) -> Any:
+def exact(value: Any, kind: Any) -> Any:
     """A fitting value in the field's own type: integers become floats where a number is wanted."""
+    if value is None:
+        return None
+    if isinstance(kind, UnionType):
+        kind = next(each for each in get_args(kind) if each is not NoneType)
     if get_origin(kind) is list:
-        return [_exact(item, get_args(kind)[0]) for item in value]
+        return [exact(item, get_args(kind)[0]) for item in value]
     return float(value) if kind is float else value
 
 

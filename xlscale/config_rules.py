@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 CHOICES: dict[str, tuple[Any, ...]] = {
     "training.precision": ("bf16", "fp32"),
     "parallel.zero_stage": (3,),
-    "model.model_type": ("xlm-roberta-xl", "xlm-roberta", "roberta"),
-    "model.hidden_act": ("gelu",),
+    "model.model_type": ("xlm-roberta-xl", "xlm-roberta", "roberta", "xmod"),
+    "model.hidden_act": ("gelu", "gelu_new", "relu", "silu"),
+    "model.position_embedding_type": ("absolute", "relative_key", "relative_key_query"),
+    "model.problem_type": ("", "regression", "single_label_classification", "multi_label_classification"),
     # The keys of training.schedule.DECAYS, which this module may not import; a test holds the two equal.
     "schedule.decay": ("linear", "cosine", "constant"),
     "export.dtype": ("fp32", "bf16"),
@@ -39,6 +42,8 @@ AT_LEAST: dict[str, int] = {
     "model.pad_token_id": 0,
     "model.bos_token_id": 0,
     "model.eos_token_id": 0,
+    "model.adapter_reduction_factor": 1,
+    "model.num_labels": 1,
     "data.sequence_length": 8,
     "optimizer.weight_decay": 0,
     "schedule.warmup_steps": 0,
@@ -52,6 +57,7 @@ ABOVE_ZERO = ("model.layer_norm_eps", "model.initializer_range", "optimizer.lear
 BETWEEN: dict[str, tuple[float, float, bool, float]] = {
     "model.hidden_dropout_prob": (0.0, 1.0, False, 0.1),
     "model.attention_probs_dropout_prob": (0.0, 1.0, False, 0.1),
+    "model.classifier_dropout": (0.0, 1.0, False, 0.1),
     "data.sampling_alpha": (0.0, 1.0, True, 0.3),
     "masking.mask_fraction": (0.0, 1.0, True, 0.8),
     "masking.random_fraction": (0.0, 1.0, True, 0.1),
@@ -62,6 +68,8 @@ NOT_EMPTY = ("run.name", "run.dir", "data.shards", "data.tokenizer", "logging.wa
 
 def _value_problem(name: str, value: Any) -> str | None:
     """What is wrong with one well-typed value by itself, if anything."""
+    if value is None:  # left out
+        return None
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
         return f"{name} = {value} is not finite; set a number"
@@ -177,6 +185,69 @@ def _betas(betas: list[float]) -> str | None:
     return f"optimizer.betas = {betas} must be two numbers from 0.0 below 1.0; use [0.9, 0.98] as RoBERTa"
 
 
+def _cross_attention(added: bool, decoder: bool) -> str | None:
+    if decoder or not added:
+        return None
+    return "model.add_cross_attention = true is for decoders only; set is_decoder = true"
+
+
+# What only a model with adapters has -> its value in all other families.
+XMOD_ONLY: dict[str, Any] = {
+    "languages": [],
+    "default_language": "",
+    "pre_norm": False,
+    "adapter_reduction_factor": 2,
+    "adapter_layer_norm": False,
+    "adapter_reuse_layer_norm": True,
+    "ln_before_adapter": True,
+}
+
+
+def _xmod_only(family: str, *values: Any) -> str | None:
+    given = zip(XMOD_ONLY.items(), values, strict=True)
+    wrong = [f"model.{name} = {toml_value(value)}" for (name, usual), value in given if value != usual]
+    if family == "xmod" or not wrong:
+        return None
+    return f'{" and ".join(wrong)} is for model_type = "xmod" only; leave it out'
+
+
+def _adapters(family: str, languages: list[str], default: str, hidden: int, factor: int) -> str | None:
+    if family != "xmod":
+        return None
+    if factor > hidden:
+        return f"model.adapter_reduction_factor = {factor} is more than hidden_size = {hidden}; use 2 or 4"
+    if not languages:
+        return 'model.languages = [] gives no adapter; name the languages, as ["en_XX", "de_DE"]'
+    wrong = [code for code in languages if not re.fullmatch(r"[a-z]{2,3}_[A-Z][A-Za-z]+", code)]
+    if wrong:  # a code becomes the name of a module: `pop` or a dot would break it
+        return f"model.languages: {toml_value(wrong[0])} is not a code; codes look like en_XX, de_DE or bn_Latn"
+    twice = sorted({code for code in languages if languages.count(code) > 1})
+    if twice:
+        return f"model.languages names {', '.join(twice)} more than once; name each language once"
+    if default and default not in languages:
+        return f'model.default_language = "{default}" has no adapter; use one of {", ".join(languages)} or ""'
+    return None
+
+
+def _adapter_width(family: str, hidden: int, factor: int, tp: int) -> str | None:
+    if family != "xmod" or hidden // factor % tp == 0:
+        return None
+    good = [number for number in (2, 4, 8, 1) if hidden // number and hidden // number % tp == 0]
+    return (
+        f"model.adapter_reduction_factor = {factor} makes adapters {hidden // factor} wide, "
+        f"which parallel.tensor_parallel = {tp} must divide; use one of {good}"
+    )
+
+
+def _labels(count: int, names: dict[str, str]) -> str | None:
+    if not names or names.keys() == {str(number) for number in range(count)}:
+        return None
+    return (
+        f"model.id2label has the keys {', '.join(names)}, not those of num_labels = {count} classes; "
+        f'name "0" to "{count - 1}", or leave it out'
+    )
+
+
 def _languages(codes: list[str]) -> str | None:
     twice = sorted({code for code in codes if codes.count(code) > 1})
     if not twice:
@@ -208,6 +279,23 @@ CROSS_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("masking.mask_fraction", "masking.random_fraction"), _corruption),
     (("optimizer.betas",), _betas),
     (("data.languages",), _languages),
+    (("model.add_cross_attention", "model.is_decoder"), _cross_attention),
+    (("model.model_type", *(f"model.{name}" for name in XMOD_ONLY)), _xmod_only),
+    (
+        (
+            "model.model_type",
+            "model.languages",
+            "model.default_language",
+            "model.hidden_size",
+            "model.adapter_reduction_factor",
+        ),
+        _adapters,
+    ),
+    (
+        ("model.model_type", "model.hidden_size", "model.adapter_reduction_factor", "parallel.tensor_parallel"),
+        _adapter_width,
+    ),
+    (("model.num_labels", "model.id2label"), _labels),
 )
 
 
@@ -231,6 +319,8 @@ def toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return f"[{', '.join(toml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{toml_value(key)} = {toml_value(item)}' for key, item in value.items())}}}"
     return repr(value)
 
 

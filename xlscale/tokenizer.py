@@ -2,15 +2,13 @@
 
 The ids are those of XLM-R: <s> 0, <pad> 1, </s> 2, <unk> 3, then piece i of the SentencePiece model (which
 begins <unk> <s> </s>) is id i + 1, and <mask> is the last one.
-
-A literal "<mask>" or "<s>" in a text is plain characters here: of the special ids a text yields <unk> only.
-transformers, on the same folder, takes such a literal for the token, as a prompt for mask filling wants.
 """
 
 import base64
 import hashlib
 import io
-import json
+import math
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,13 +18,14 @@ import numpy as np
 import sentencepiece
 
 from xlscale.data.sampling import TEXT_ORDER, language_probabilities, mix, permute
-from xlscale.data.shards import Corpus, write_atomically
+from xlscale.data.shards import Corpus
 from xlscale.languages import language_id
+from xlscale.tokenizer_hub import FIRST_TOKENS, MASK_TOKEN, SPECIAL_TOKENS, HubTokenizer
+from xlscale.tokenizer_json import PIPELINE_FILE, sentencepiece_model
 
 MODEL_FILE = "sentencepiece.bpe.model"  # the Hub's name for XLM-R's model; it is Unigram all the same
 BOS, PAD, EOS, UNK, FIRST_PIECE = range(5)
-SPECIAL_TOKENS = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK}
-MASK_TOKEN = "<mask>"
+_SPECIAL_IDS = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK}
 # What the model numbers <unk> 0 <s> 1 </s> 2; the other pieces are shifted by this.
 _SHIFT = 1
 # White space to transformers, but a character of its own to SentencePiece's normalisation.
@@ -35,11 +34,16 @@ _NEXT_LINE = "\x85"
 _LINE_BYTES = 4096
 # Part of the result (each thread sums its share), so not the machine's number of cores.
 _TRAINER_THREADS = 8
+# The library's: its first pieces, its limit on nbest_size, and by how much <unk> is less likely than any piece.
+_MODELS_OWN = 3
+_MOST_CUTS = 512
+_UNKNOWN_PENALTY = 10.0
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(HubTokenizer):
     """A Unigram SentencePiece model seen through the Hub's ids; ValueError for one that has no such ids."""
 
+    hub_class = "XLMRobertaTokenizer"
     bos_id, pad_id, eos_id, unk_id = BOS, PAD, EOS, UNK
 
     def __init__(self, model: bytes):
@@ -51,13 +55,14 @@ class SentencePieceTokenizer:
         ids = (processor.unk_id(), processor.bos_id(), processor.eos_id())
         if ids != (0, 1, 2):
             raise ValueError(f"the SentencePiece model numbers <unk>, <s>, </s> {ids}; the Hub's ids need (0, 1, 2)")
+        self._pieces_scored: dict[str, tuple[int, float]] = {}  # filled when it is first needed
         self.model = model
         self.digest = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = processor.get_piece_size() + 2
         self.mask_id = self.vocab_size - 1
         self.special_ids = (BOS, PAD, EOS, UNK, self.mask_id)
         self.pieces = range(FIRST_PIECE, self.mask_id)
-        for name in (*SPECIAL_TOKENS, MASK_TOKEN):
+        for name in SPECIAL_TOKENS:
             if processor.piece_to_id(name) > 2:
                 raise ValueError(
                     f"{name!r} is an ordinary piece of the SentencePiece model and a special token of "
@@ -68,36 +73,58 @@ class SentencePieceTokenizer:
     def load(cls, folder: str | Path) -> "SentencePieceTokenizer":
         """Read the tokenizer of a folder laid out as on the Hub."""
         path = Path(folder) / MODEL_FILE
+        if not path.is_file() and (path.parent / PIPELINE_FILE).is_file():
+            path = path.with_name(PIPELINE_FILE)
         if not path.is_file():
             raise ValueError(
                 f"{path}: no tokenizer there; train one with python -m data_pipelines CONFIG, or set "
                 f"data.tokenizer to a folder that holds {MODEL_FILE}"
             )
         try:
-            return cls(path.read_bytes())
+            return cls(path.read_bytes() if path.name == MODEL_FILE else sentencepiece_model(path.parent))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without <s> and </s>."""
-        ids: list[int] = self.encode_batch([text])[0].tolist()
-        return ids
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Ids (int32) of each text, without <s> and </s>; the same at any number of threads."""
+    def _encode(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         if not texts:
             return []
         lines = [text.replace(_NEXT_LINE, " ") for text in texts]
         encoded = self._processor.encode(lines, return_type="numpy", num_threads=threads)
-        # Only <unk> (0) does not follow the shift: characters never become <s> or </s>.
-        return [np.where(ids == 0, UNK, ids + _SHIFT).astype(np.int32) for ids in encoded]
+        return [_hub_ids(ids) for ids in encoded]
+
+    def _check_sampling(self, nbest_size: int, alpha: float) -> None:
+        if nbest_size != -1 and not 2 <= nbest_size <= _MOST_CUTS:
+            raise ValueError(f"nbest_size={nbest_size} must be -1, for all cuts, or 2 to {_MOST_CUTS}")
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha={alpha} must be 0 or more: p(cut) ** alpha, lower is more random; 0.1 is usual")
+
+    def _sample(self, text: str, nbest_size: int, alpha: float, draw: random.Random) -> np.ndarray:
+        # The library's own sampling cannot be repeated: another process draws otherwise from the same seed.
+        text = text.replace(_NEXT_LINE, " ")
+        if nbest_size == -1:
+            ids = _cut_at_random(self._processor.normalize(text), self._scores(), alpha, draw)
+        else:
+            cuts = self._processor.nbest_encode(text, nbest_size=nbest_size, return_type="proto").nbests
+            weights = [math.exp(alpha * (cut.score - cuts[0].score)) for cut in cuts]
+            ids = [piece.id for cut in draw.choices(cuts, weights) for piece in cut.pieces] if cuts else []
+        return _hub_ids(np.array(ids, np.int32))
+
+    def _scores(self) -> dict[str, tuple[int, float]]:
+        """Piece -> (the model's id, log probability); under "" what stands for one unknown character."""
+        if not self._pieces_scored:
+            processor = self._processor
+            for i in range(_MODELS_OWN, processor.get_piece_size()):
+                if not processor.is_unused(i):
+                    self._pieces_scored[processor.id_to_piece(i)] = (i, processor.get_score(i))
+            self._pieces_scored[""] = (0, min(score for _, score in self._pieces_scored.values()) - _UNKNOWN_PENALTY)
+        return self._pieces_scored
 
     def token(self, token_id: int) -> str:
         """The piece or special token with an id; ValueError if there is none."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is not below vocab_size={self.vocab_size}")
         if token_id < FIRST_PIECE:
-            return list(SPECIAL_TOKENS)[token_id]
+            return FIRST_TOKENS[token_id]
         piece: str = self._processor.id_to_piece(token_id - _SHIFT) if token_id != self.mask_id else MASK_TOKEN
         return piece
 
@@ -107,36 +134,10 @@ class SentencePieceTokenizer:
         text: str = self._processor.decode(tokens) if tokens else ""
         return text
 
-    def save(self, folder: str | Path, model_max_length: int = 512) -> None:
-        """Write the four files of a tokenizer on the Hub, in the form that transformers 4 and 5 both load."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / MODEL_FILE, self.model)
-        names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
-        names |= {"pad_token": "<pad>", "unk_token": "<unk>"}
-        added = {
-            **{i: _added_token(token) for token, i in SPECIAL_TOKENS.items()},
-            self.mask_id: _added_token(MASK_TOKEN, lstrip=True),
-        }
-        files = {
-            "tokenizer.json": self._hub_json(added),
-            "tokenizer_config.json": {
-                "added_tokens_decoder": {str(i): token for i, token in added.items()},
-                **names,
-                "mask_token": MASK_TOKEN,
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": model_max_length,
-                "tokenizer_class": "XLMRobertaTokenizer",
-            },
-            "special_tokens_map.json": {
-                **names,
-                "mask_token": {key: value for key, value in added[self.mask_id].items() if key != "special"},
-            },
-        }
-        for name, content in files.items():
-            write_atomically(folder / name, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+    def _vocabulary_files(self) -> dict[str, bytes]:
+        return {MODEL_FILE: self.model}
 
-    def _hub_json(self, added: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    def _pipeline(self) -> dict[str, Any]:
         """tokenizer.json as the Hub has XLM-R's."""
         # Imported here: it needs protobuf, encoding does not.
         from sentencepiece import sentencepiece_model_pb2
@@ -150,10 +151,6 @@ class SentencePieceTokenizer:
         metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
         single = [_special("<s>"), _sequence("A"), _special("</s>")]
         return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, **token} for i, token in added.items()],
             "normalizer": {
                 "type": "Precompiled",
                 "precompiled_charsmap": base64.b64encode(charsmap).decode("ascii"),
@@ -164,14 +161,14 @@ class SentencePieceTokenizer:
                 "single": single,
                 "pair": [*single, _special("</s>"), _sequence("B"), _special("</s>")],
                 "special_tokens": {
-                    token: {"id": token, "ids": [SPECIAL_TOKENS[token]], "tokens": [token]} for token in ("<s>", "</s>")
+                    token: {"id": token, "ids": [_SPECIAL_IDS[token]], "tokens": [token]} for token in ("<s>", "</s>")
                 },
             },
             "decoder": metaspace,
             "model": {
                 "type": "Unigram",
                 "unk_id": UNK,
-                "vocab": [[token, 0.0] for token in SPECIAL_TOKENS]
+                "vocab": [[token, 0.0] for token in FIRST_TOKENS]
                 + [[piece.piece, piece.score] for piece in proto.pieces[FIRST_PIECE - _SHIFT :]]
                 + [[MASK_TOKEN, 0.0]],
                 "byte_fallback": False,
@@ -179,16 +176,40 @@ class SentencePieceTokenizer:
         }
 
 
-def _added_token(content: str, lstrip: bool = False) -> dict[str, Any]:
-    # lstrip for <mask>: the piece predicted there carries the space before it
-    return {
-        "content": content,
-        "lstrip": lstrip,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
-    }
+def _hub_ids(ids: np.ndarray) -> np.ndarray:
+    """The model's ids (int) as the Hub's (int32)."""
+    # Only <unk> (0) does not follow the shift: characters never become <s> or </s>.
+    return np.where(ids == 0, UNK, ids + _SHIFT).astype(np.int32)
+
+
+def _cut_at_random(text: str, scores: dict[str, tuple[int, float]], alpha: float, draw: random.Random) -> list[int]:
+    """The model's ids of a cut of normalised text, drawn with p(cut) ** alpha among all cuts into its pieces.
+
+    Forward filtering, backward sampling (Kudo 2018, section 3.2). Neighbouring unknown characters are one <unk>.
+    """
+    longest = max(map(len, scores))
+    # Of every position the log of the summed p ** alpha of the cuts up to there, and the last pieces of those.
+    total = [0.0]
+    ending: list[list[tuple[int, int, float]]] = [[]]  # (where it begins, id, the same log for cuts that end in it)
+    for end in range(1, len(text) + 1):
+        found = []
+        for begin in range(max(0, end - longest), end):
+            known = scores.get(text[begin:end])
+            if known is None and begin == end - 1:
+                known = scores[""]
+            if known is not None:
+                found.append((begin, known[0], total[begin] + alpha * known[1]))
+        most = max(weight for _, _, weight in found)
+        total.append(most + math.log(sum(math.exp(weight - most) for _, _, weight in found)))
+        ending.append(found)
+    ids: list[int] = []
+    end = len(text)
+    while end:
+        weights = [math.exp(weight - total[end]) for _, _, weight in ending[end]]
+        end, piece, _ = draw.choices(ending[end], weights)[0]
+        if piece or not ids or ids[-1]:
+            ids.append(piece)
+    return ids[::-1]
 
 
 def _special(token: str) -> dict[str, Any]:

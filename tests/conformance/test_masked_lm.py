@@ -4,14 +4,15 @@ Every parameter is noisy, biases and norms too, so that a swapped or forgotten o
 """
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from xlscale.checkpoint.hub import hf_names, read_hub_folder, write_hub_folder
+from xlscale.checkpoint.hub import write_hub_folder
 from xlscale.checkpoint.hub_config import hub_config
+from xlscale.checkpoint.hub_folder import read_hub_folder
+from xlscale.checkpoint.hub_names import hf_names
 from xlscale.config import ModelConfig
 from xlscale.data.masking import IGNORE
 from xlscale.models.families import PRESETS, parameter_shapes, preset
@@ -51,7 +52,7 @@ def ours(case):
 def theirs(case, folder):
     """A model that transformers made by itself, and saved."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**asdict(CASES[case]))
+    config = AutoConfig.for_model(**hub_config(CASES[case], "float32"))
     model = noise(AutoModelForMaskedLM.from_config(config), seed=2)
     model.save_pretrained(folder)
     return model
@@ -168,9 +169,9 @@ def test_config_json_has_every_field_that_transformers_writes(family, tmp_path):
     ours_now = hub_config(CASES[family], "float32")
     missing = by_them.keys() - ours_now.keys() - {"transformers_version"}
     assert not missing
-    # Written so that 4.56 and 5.x need no default; the last two are our additions for 4.56.
     different = {name for name in ours_now if ours_now[name] != by_them.get(name)}
-    assert different <= {"position_embedding_type", "tokenizer_class"}
+    # What they leave out because it is their default, in both versions or in one.
+    assert different <= {"position_embedding_type", "tokenizer_class", "id2label", "label2id"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -178,7 +179,7 @@ def test_names_and_shapes_at_full_size_go_round(name):
     """On the meta device: our names on the Hub are exactly the tensors of transformers' model, and back."""
     config = preset(name)
     with torch.device("meta"):
-        reference = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**asdict(config)))
+        reference = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**hub_config(config, "float32")))
     tied = {"lm_head.decoder.weight", "lm_head.decoder.bias"}
     expected = {key: tuple(value.shape) for key, value in reference.state_dict().items() if key not in tied}
     names, shapes = hf_names(config), parameter_shapes(config)

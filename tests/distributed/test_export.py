@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from tests.distributed.conftest import STEPS
 from xlscale.checkpoint.consolidate import export_checkpoint
-from xlscale.checkpoint.hub import read_hub_folder
+from xlscale.checkpoint.hub_folder import read_hub_folder
 from xlscale.checkpoint.store import Checkpoint
 from xlscale.config import load_config
 from xlscale.data.stream import open_stream

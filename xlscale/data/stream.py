@@ -24,7 +24,8 @@ from xlscale.data.sampling import (
 from xlscale.data.shards import Corpus
 from xlscale.data.tokens import Progress, TokenShards, prepare_tokens
 from xlscale.languages import language_id
-from xlscale.tokenizer import SentencePieceTokenizer
+from xlscale.tokenizer_bpe import load_tokenizer
+from xlscale.tokenizer_hub import HubTokenizer
 
 ORDER_VERSION = 1
 """Raised with every change after which a slot holds something else; another version's state is refused."""
@@ -55,7 +56,7 @@ class Stream:
     def __init__(
         self,
         tokens: TokenShards,
-        tokenizer: SentencePieceTokenizer,
+        tokenizer: HubTokenizer,
         masking: MaskingConfig,
         seed: int,
         sampling_alpha: float,
@@ -152,7 +153,7 @@ def _short(value: Any) -> str:
 def open_stream(config: Config, progress: Progress | None = None) -> Stream:
     """The stream that a config describes; derives the token shards first if they are not there."""
     data = config.data
-    tokenizer = SentencePieceTokenizer.load(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     corpus = Corpus.open(data.shards, data.languages)
     tokens = prepare_tokens(corpus, tokenizer, data.sequence_length, data.cache, progress)
     return Stream(tokens, tokenizer, config.masking, config.training.seed, data.sampling_alpha)

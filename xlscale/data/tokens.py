@@ -19,7 +19,7 @@ import numpy as np
 
 from xlscale.data.packing import pack_documents
 from xlscale.data.shards import Corpus, fsync_path, write_atomically
-from xlscale.tokenizer import SentencePieceTokenizer
+from xlscale.tokenizer_hub import HubTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class TokenShards:
 
 def prepare_tokens(
     corpus: Corpus,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: HubTokenizer,
     sequence_length: int,
     cache: str | Path = "",
     progress: Progress | None = None,
@@ -115,9 +115,7 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _derive(
-    corpus: Corpus, tokenizer: SentencePieceTokenizer, sequence_length: int, folder: Path, progress: Progress
-) -> None:
+def _derive(corpus: Corpus, tokenizer: HubTokenizer, sequence_length: int, folder: Path, progress: Progress) -> None:
     """Tokenise and pack every chunk into a folder beside, and give it its name when it is whole."""
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)  # of one that was killed: the lock is ours

@@ -1,27 +1,38 @@
-"""The encoder of RoBERTa, XLM-R (post-LN) and XLM-R XL/XXL (pre-LN), placed by the family's layout.
+"""The encoder of RoBERTa, XLM-R (post-LN), XLM-R XL/XXL (pre-LN) and X-MOD (either, with adapters).
 
-Legend: B batch, T tokens, D hidden, N heads (of this rank), H head dim, F width of the feed-forward network.
+Legend: B batch, T tokens, K keys (cached tokens and these), D hidden, N heads, F width of the feed-forward network.
 A module touches its own parameters only: ZeRO-3 gathers them module by module.
 """
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlscale.config import ModelConfig
+from xlscale.models.adapters import Adapters, Routing, route
+from xlscale.models.attention import Attention, Mask, cross_mask, self_mask
 from xlscale.models.families import layout
-from xlscale.models.parts import PLAIN, Parts
+from xlscale.models.parts import PLAIN, Parts, activation
 
-# As transformers names them.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+Cache = tuple[tuple[Tensor, ...], ...]
+"""For each layer its keys and values [B, N, K, H], then those of cross-attention where there is one."""
+
+
+class EncoderOutput(NamedTuple):
+    """What one forward gives. A tuple, because ZeRO-3 finds tensors in tuples, lists and dicts only."""
+
+    last_hidden_state: Tensor
+    """[B, T, D], after the final LayerNorm where the family has one."""
+    past_key_values: Cache | None = None
+    """With use_cache: what to pass to the next call together with the next tokens."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """With output_hidden_states: the embeddings, then what each layer gives; the last one is last_hidden_state."""
+    attentions: tuple[Tensor, ...] | None = None
+    """With output_attentions: the weights [B, N, T, K] of each layer."""
+    cross_attentions: tuple[Tensor, ...] | None = None
+    """The same of cross-attention, where there is one."""
 
 
 class Embeddings(nn.Module):
@@ -31,54 +42,53 @@ class Embeddings(nn.Module):
         super().__init__()
         D, pad = model.hidden_size, model.pad_token_id
         self.pad_token_id = pad
-        self.max_tokens = model.max_position_embeddings - pad - 1
+        self.absolute = model.position_embedding_type == "absolute"
+        self.max_tokens = model.max_position_embeddings - (pad + 1 if self.absolute else 0)
         self.word = parts.vocab_embedding(model.vocab_size, D, pad)
+        # With relative positions the table is there and unused, as in transformers.
         self.position = nn.Embedding(model.max_position_embeddings, D, padding_idx=pad)
         self.token_type = nn.Embedding(model.type_vocab_size, D)
         self.norm = nn.LayerNorm(D, eps=model.layer_norm_eps) if layout(model).embedding_norm else None
         self.dropout = parts.dropout(model.hidden_dropout_prob, 0)
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
-        if input_ids_BT.shape[1] > self.max_tokens:
+    def forward(
+        self,
+        input_ids_BT: Tensor | None,
+        inputs_embeds_BTD: Tensor | None = None,
+        token_type_ids_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        past: int = 0,
+    ) -> Tensor:
+        """Embedded tokens [B, T, D], of which `past` others came before."""
+        given = input_ids_BT if inputs_embeds_BTD is None else inputs_embeds_BTD
+        assert given is not None, "the encoder looks"
+        tokens = past + given.shape[1]
+        if tokens > self.max_tokens:
             raise ValueError(
-                f"a sequence of {input_ids_BT.shape[1]} tokens is longer than the model's {self.max_tokens}; "
-                f"cut it, or raise max_position_embeddings (tokens + {self.pad_token_id + 1})"
+                f"a sequence of {tokens} tokens is longer than the model's {self.max_tokens}; cut it, or raise "
+                f"max_position_embeddings (tokens{f' + {self.pad_token_id + 1}' if self.absolute else ''})"
             )
-        # The first token is at pad + 1 and padding stays at pad; integer kernels, no host sync.
-        real_BT = (input_ids_BT != self.pad_token_id).long()
-        position_ids_BT = real_BT.cumsum(dim=1) * real_BT + self.pad_token_id
-        # Every token is of type 0; added in the order of transformers, for the same rounding.
-        embedded_BTD = self.word(input_ids_BT) + self.token_type(torch.zeros_like(input_ids_BT))
-        embedded_BTD = embedded_BTD + self.position(position_ids_BT)
+        if token_type_ids_BT is None:
+            token_type_ids_BT = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device)
+        word_BTD = self.word(input_ids_BT) if inputs_embeds_BTD is None else inputs_embeds_BTD
+        # Added in the order of transformers, for the same rounding.
+        embedded_BTD: Tensor = word_BTD + self.token_type(token_type_ids_BT)
+        if self.absolute:
+            if position_ids_BT is None:
+                position_ids_BT = self._positions(input_ids_BT, given, past)
+            embedded_BTD = embedded_BTD + self.position(position_ids_BT)
         if self.norm is not None:
             embedded_BTD = self.norm(embedded_BTD)
-        return self.dropout(embedded_BTD)
+        output_BTD: Tensor = self.dropout(embedded_BTD)
+        return output_BTD
 
-
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens that are not padding."""
-
-    def __init__(self, model: ModelConfig, parts: Parts):
-        super().__init__()
-        D = model.hidden_size
-        assert D % model.num_attention_heads == 0, "config.check refuses this"
-        self.head_dim = D // model.num_attention_heads
-        self.dropout_prob = model.attention_probs_dropout_prob
-        self.query = parts.column(D, D)
-        self.key = parts.column(D, D)
-        self.value = parts.column(D, D)
-        self.output = parts.row(D, D)
-
-    def forward(self, hidden_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
-        B, T, _ = hidden_BTD.shape
-        q_BNTH, k_BNTH, v_BNTH = (
-            projection(hidden_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)  # -1: this rank's heads
-            for projection in (self.query, self.key, self.value)
-        )
-        context_BNTH = F.scaled_dot_product_attention(
-            q_BNTH, k_BNTH, v_BNTH, attn_mask=mask_B11T, dropout_p=self.dropout_prob if self.training else 0.0
-        )
-        return self.output(context_BNTH.transpose(1, 2).reshape(B, T, -1))
+    def _positions(self, input_ids_BT: Tensor | None, given: Tensor, past: int) -> Tensor:
+        """The first token is at pad + 1 and padding stays at pad; integer kernels, no host sync."""
+        if input_ids_BT is None:  # padding does not show in vectors
+            first = self.pad_token_id + 1 + past
+            return torch.arange(first, first + given.shape[1], device=given.device)[None]
+        real_BT = (input_ids_BT != self.pad_token_id).long()
+        return (real_BT.cumsum(dim=1) + past) * real_BT + self.pad_token_id
 
 
 class MLP(nn.Module):
@@ -86,37 +96,119 @@ class MLP(nn.Module):
 
     def __init__(self, model: ModelConfig, parts: Parts):
         super().__init__()
-        if model.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={model.hidden_act!r} is not known; use one of {sorted(ACTIVATIONS)}")
-        self.act = ACTIVATIONS[model.hidden_act]
+        self.act = activation(model.hidden_act)
         self.up = parts.column(model.hidden_size, model.intermediate_size)
         self.down = parts.row(model.intermediate_size, model.hidden_size)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down(self.act(self.up(hidden_BTD)))
+        output_BTD: Tensor = self.down(self.act(self.up(hidden_BTD)))
+        return output_BTD
+
+
+class LayerInput(NamedTuple):
+    """What a layer needs besides the hidden states, the same for all layers but for cache and head mask."""
+
+    mask: Mask
+    routing: Routing | None = None
+    states_BKD: Tensor | None = None
+    cross_mask: Mask = Mask()
+    past: tuple[Tensor, ...] | None = None
+    use_cache: bool = False
+    head_mask_N: Tensor | None = None
+    output_attentions: bool = False
+
+
+class LayerOutput(NamedTuple):
+    hidden_BTD: Tensor
+    cached: tuple[Tensor, ...] | None
+    weights_BNTK: Tensor | None
+    cross_weights_BNTK: Tensor | None
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward network, each added to the residual stream after dropout (XL too)."""
+    """Attention, cross-attention in a decoder, feed-forward network and adapter, each added to the residual stream
+    after dropout (XL too)."""
 
     def __init__(self, model: ModelConfig, index: int, parts: Parts):
         super().__init__()
+        layers, p = model.num_hidden_layers, model.hidden_dropout_prob
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
+
         self.pre_norm = layout(model).pre_norm
         self.attention = Attention(model, parts)
         self.mlp = MLP(model, parts)
-        self.attention_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
-        self.mlp_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
-        self.attention_dropout = parts.dropout(model.hidden_dropout_prob, 2 * index + 1)
-        self.mlp_dropout = parts.dropout(model.hidden_dropout_prob, 2 * index + 2)
+        self.attention_norm = norm()
+        self.mlp_norm = norm()
+        self.attention_dropout = parts.dropout(p, 2 * index + 1)
+        self.mlp_dropout = parts.dropout(p, 2 * index + 2)
+        # What not every family has is numbered after what all have.
+        if model.languages:
+            self.adapter_norm = norm() if model.adapter_layer_norm else None
+            self.adapters = Adapters(model, parts)
+            self.adapter_dropout = parts.dropout(p, 2 * layers + 1 + index)
+            self.reuse_norm, self.norm_first = model.adapter_reuse_layer_norm, model.ln_before_adapter
+        if model.add_cross_attention:
+            self.cross_attention = Attention(model, parts, cross=True)
+            self.cross_attention_norm = norm()
+            self.cross_attention_dropout = parts.dropout(p, 3 * layers + 1 + index)
 
-    def forward(self, hidden_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
-        if self.pre_norm:
-            attended_BTD = self.attention(self.attention_norm(hidden_BTD), mask_B11T)
-            hidden_BTD = hidden_BTD + self.attention_dropout(attended_BTD)
-            return hidden_BTD + self.mlp_dropout(self.mlp(self.mlp_norm(hidden_BTD)))
-        attended_BTD = self.attention(hidden_BTD, mask_B11T)
-        hidden_BTD = self.attention_norm(hidden_BTD + self.attention_dropout(attended_BTD))
-        return self.mlp_norm(hidden_BTD + self.mlp_dropout(self.mlp(hidden_BTD)))
+    def forward(self, hidden_BTD: Tensor, given: LayerInput) -> LayerOutput:
+        """One layer; `given` holds no tensor that needs a gradient but `states` (ZeRO-3 looks at `hidden` only)."""
+        past = given.past
+        attended = self.attention(
+            self.attention_norm(hidden_BTD) if self.pre_norm else hidden_BTD,
+            given.mask,
+            None,
+            None if past is None else past[:2],
+            given.use_cache,
+            given.head_mask_N,
+            given.output_attentions,
+        )
+        hidden_BTD = hidden_BTD + self.attention_dropout(attended.hidden_BTD)
+        if not self.pre_norm:
+            hidden_BTD = self.attention_norm(hidden_BTD)
+        cached, cross_weights_BNTK = attended.cached, None
+
+        if given.states_BKD is not None:
+            crossed = self.cross_attention(
+                self.cross_attention_norm(hidden_BTD) if self.pre_norm else hidden_BTD,
+                given.cross_mask,
+                given.states_BKD,
+                past[2:] if past is not None and len(past) == 4 else None,
+                given.use_cache,
+                given.head_mask_N,
+                given.output_attentions,
+            )
+            hidden_BTD = hidden_BTD + self.cross_attention_dropout(crossed.hidden_BTD)
+            if not self.pre_norm:
+                hidden_BTD = self.cross_attention_norm(hidden_BTD)
+            cached = None if cached is None else (*cached, *crossed.cached)
+            cross_weights_BNTK = crossed.weights_BNTK
+
+        mlp_BTD = self.mlp(self.mlp_norm(hidden_BTD) if self.pre_norm else hidden_BTD)
+        hidden_BTD = hidden_BTD + self.mlp_dropout(mlp_BTD)
+        if given.routing is not None:
+            hidden_BTD = self._adapt(hidden_BTD, given.routing)
+        if not self.pre_norm:
+            hidden_BTD = self.mlp_norm(hidden_BTD)
+        return LayerOutput(hidden_BTD, cached, attended.weights_BNTK, cross_weights_BNTK)
+
+    def _adapt(self, hidden_BTD: Tensor, routing: Routing) -> Tensor:
+        """The adapter and its residual; the norm before it is the adapters' own, the feed-forward network's, or none.
+
+        In xmod-base the feed-forward network's LayerNorm runs here and once more after it: so it was trained.
+        """
+        residual_BTD = hidden_BTD
+        if self.adapter_norm is not None:
+            hidden_BTD = self.adapter_norm(hidden_BTD)
+        elif self.reuse_norm:
+            hidden_BTD = self.mlp_norm(hidden_BTD)
+        if self.norm_first:
+            residual_BTD = hidden_BTD
+        adapted_BTD: Tensor = self.adapter_dropout(self.adapters(hidden_BTD, routing))
+        return adapted_BTD + residual_BTD
 
 
 class Encoder(nn.Module):
@@ -124,19 +216,131 @@ class Encoder(nn.Module):
 
     def __init__(self, model: ModelConfig, parts: Parts = PLAIN):
         super().__init__()
+        self.config = model
         self.embeddings = Embeddings(model, parts)
         self.layers = nn.ModuleList(Layer(model, index, parts) for index in range(model.num_hidden_layers))
         final_norm = layout(model).final_norm
         self.final_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps) if final_norm else None
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T, D].
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        lang_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
+        """Hidden states of `input_ids` [B, T], or of `inputs_embeds` [B, T, D] in their place.
 
-        attention_mask: 1 or True where a token is attended to. None means that nothing is padded, and is
-        faster: the fastest attention kernels take no mask.
+        attention_mask: 1 or True where a token is attended to, [B, K] or [B, T, K]; the latter stands as it is, also
+        in a decoder. None means that nothing is padded, and is faster: the fastest attention kernels take no mask.
+        token_type_ids, position_ids: [B, T]; by default all 0, and pad_token_id + 1 onwards with padding passed over.
+        lang_ids: [B], positions in config.languages, on the CPU rather than on a GPU; by default the default language.
+        head_mask: factor of each head, [N] or [layers, N]. encoder_hidden_states: [B, S, D], what a decoder with
+        cross-attention attends to, and encoder_attention_mask: [B, S] or [B, T, S].
+        past_key_values: of an earlier call with use_cache; input_ids are then the tokens that follow.
+        ValueError for what this model has no use for: nothing that is given is ignored.
         """
-        mask_B11T = None if attention_mask_BT is None else attention_mask_BT.bool()[:, None, None, :]
-        hidden_BTD = self.embeddings(input_ids_BT)
-        for layer in self.layers:
-            hidden_BTD = layer(hidden_BTD, mask_B11T)
-        return hidden_BTD if self.final_norm is None else self.final_norm(hidden_BTD)
+        # The arguments keep the names that transformers gives them.
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        (B, T), device = given.shape[:2], given.device
+        self._refuse_useless(lang_ids, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        layer_input = LayerInput(
+            mask=self_mask(attention_mask, B, T, past, self.config.is_decoder, device),
+            routing=route(lang_ids, B, self.config, device) if self.config.languages else None,
+            states_BKD=encoder_hidden_states,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        if encoder_hidden_states is not None:
+            keys = encoder_hidden_states.shape[1]
+            layer_input = layer_input._replace(cross_mask=cross_mask(encoder_attention_mask, B, T, keys))
+
+        hidden_BTD = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids, past)
+        states, caches, weights, cross_weights = [hidden_BTD], [], [], []
+        for index, layer in enumerate(self.layers):
+            output = layer(
+                hidden_BTD,
+                layer_input._replace(
+                    past=None if past_key_values is None else past_key_values[index],
+                    head_mask_N=None if head_mask is None else self._head_mask(head_mask, index),
+                ),
+            )
+            hidden_BTD = output.hidden_BTD
+            states = [*states, hidden_BTD] if output_hidden_states else [hidden_BTD]
+            caches.append(output.cached)
+            weights.append(output.weights_BNTK)
+            cross_weights.append(output.cross_weights_BNTK)
+        if self.final_norm is not None:
+            hidden_BTD = states[-1] = self.final_norm(hidden_BTD)
+        crossed = output_attentions and encoder_hidden_states is not None
+        return EncoderOutput(
+            hidden_BTD,
+            tuple(caches) if use_cache else None,
+            tuple(states) if output_hidden_states else None,
+            tuple(weights) if output_attentions else None,
+            tuple(cross_weights) if crossed else None,
+        )
+
+    def set_default_language(self, language: str) -> None:
+        """The language of samples that come without lang_ids, "" = none; ValueError naming the known ones."""
+        if language and language not in self.config.languages:
+            known = ", ".join(self.config.languages) or "none: this model has no adapters"
+            raise ValueError(f"there is no adapter for {language!r}; the languages are {known}")
+        self.config = replace(self.config, default_language=language)
+
+    def freeze_embeddings_and_language_adapters(self) -> None:
+        """Train neither embeddings nor adapters, as before fine-tuning in one language for use in others.
+
+        The LayerNorm before the adapters is theirs; a tied decoder's weight is the word embedding's. ValueError where
+        there are no adapters.
+        """
+        if not self.config.languages:
+            raise ValueError(f"a model of type {self.config.model_type} has no adapters to freeze; use an xmod model")
+        frozen = [self.embeddings, *(layer.adapters for layer in self.layers)]
+        frozen += [layer.adapter_norm for layer in self.layers if layer.adapter_norm is not None]
+        for module in frozen:
+            module.requires_grad_(False)
+
+    def _head_mask(self, head_mask: Tensor, index: int) -> Tensor:
+        """The factors of one layer's heads [N]."""
+        layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        if tuple(head_mask.shape) not in ((heads,), (layers, heads)):
+            raise ValueError(f"head_mask has shape {tuple(head_mask.shape)}; give [{heads}] or [{layers}, {heads}]")
+        return head_mask if head_mask.dim() == 1 else head_mask[index]
+
+    def _refuse_useless(
+        self,
+        lang_ids: Tensor | None,
+        states: Tensor | None,
+        states_mask: Tensor | None,
+        past: Cache | None,
+        use_cache: bool,
+    ) -> None:
+        """ValueError for an argument that this model would not use."""
+        config = self.config
+        if lang_ids is not None and not config.languages:
+            raise ValueError(
+                f"lang_ids choose among adapters, and a {config.model_type} model has none; leave them out"
+            )
+        if (use_cache or past is not None) and not config.is_decoder:
+            raise ValueError("use_cache and past_key_values are for a decoder; set is_decoder in the config")
+        if states is not None and not config.add_cross_attention:
+            raise ValueError("encoder_hidden_states need cross-attention; set is_decoder and add_cross_attention")
+        if states_mask is not None and states is None:
+            raise ValueError("encoder_attention_mask is given without encoder_hidden_states; give both")
+        if past is not None and len(past) != config.num_hidden_layers:
+            raise ValueError(f"past_key_values are of {len(past)} layers; this model has {config.num_hidden_layers}")

@@ -5,10 +5,26 @@ Legend: M masked positions, D hidden, V vocabulary (of this rank, where the proj
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# As transformers names them.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of a `hidden_act`; an unknown name is a ValueError."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={name!r} is not known; use one of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 class VocabProjection(nn.Module):
@@ -53,6 +69,9 @@ class Parts:
     dropout: Callable[[float, int], nn.Module] = lambda p, site: nn.Dropout(p)
     """(p, site): dropout of what is whole on every rank; `site` numbers the places of the model from 0, so
     that the noise can be keyed by place and be the same on every tensor-parallel rank."""
+    into_split: Callable[[Tensor], Tensor] = lambda x: x
+    """What a tensor that is whole on every rank goes through before each rank uses it for its own heads: forward
+    nothing, backward the sum of the ranks' gradients. Column-parallel layers do it for their own input."""
 
 
 PLAIN = Parts()

@@ -3,6 +3,7 @@
 M masked positions, D hidden, V vocabulary; a capital V_tp is this rank's share of the vocabulary.
 """
 
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -30,18 +31,35 @@ TP_PLAN = {
     "attention.output": ROW,
     "mlp.up": COLUMN,
     "mlp.down": ROW,
+    "cross_attention.query": COLUMN,
+    "cross_attention.key": COLUMN,
+    "cross_attention.value": COLUMN,
+    "cross_attention.output": ROW,
+    "adapters.*.down": COLUMN,
+    "adapters.*.up": ROW,
     "embeddings.word": VOCABULARY,
     "head.decoder": VOCABULARY,
     "embeddings.position": REPLICATED,
     "embeddings.token_type": REPLICATED,
     "embeddings.norm": REPLICATED,
     "attention_norm": REPLICATED,
+    "attention.distance": REPLICATED,
+    "cross_attention_norm": REPLICATED,
     "mlp_norm": REPLICATED,
+    "adapter_norm": REPLICATED,
     "final_norm": REPLICATED,
     "head.dense": REPLICATED,
     "head.norm": REPLICATED,
+    "pooler.dense": REPLICATED,
+    "classifier.dense": REPLICATED,
+    "classifier.output": REPLICATED,
+    "classifier": REPLICATED,
+    "qa_outputs": REPLICATED,
 }
-"""Module path, without numbers and leading parts -> how its weight and bias lie over the tensor-parallel ranks."""
+"""Module path, without numbers and leading parts -> how its weight and bias lie over the tensor-parallel ranks.
+
+A * stands for one name, that of a language.
+"""
 
 SPLIT_DIM = {
     (COLUMN, "weight"): 0,
@@ -62,7 +80,7 @@ def split_dim(name: str) -> int | None:
     """
     module, _, kind = name.rpartition(".")
     for suffix, style in TP_PLAN.items():
-        if module == suffix or module.endswith("." + suffix):
+        if fnmatchcase(f".{module}", f"*.{suffix}"):
             return SPLIT_DIM[style, kind]
     raise ValueError(
         f"parameter {name} is in no class of TP_PLAN; add its module there (xlscale/parallel/tensor_parallel.py)"
@@ -186,4 +204,5 @@ def parallel_parts(topology: Topology, dropout_key: DropoutKey) -> Parts:
         vocab_embedding=partial(VocabParallelEmbedding, topology=topology),
         vocab_projection=partial(VocabParallelProjection, topology=topology),
         dropout=dropout,
+        into_split=copy_to_model_parallel_region,
     )

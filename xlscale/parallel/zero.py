@@ -19,6 +19,7 @@ from deepspeed.utils import (
 from fairscale.nn.model_parallel import initialize as mpu
 
 from xlscale.config import Config
+from xlscale.models.bare import OnEncoder
 from xlscale.models.dropout import DropoutKey
 from xlscale.models.heads import MaskedLM
 from xlscale.parallel.tensor_parallel import full_shape, mark_split_parameters, parallel_parts, split_dim
@@ -166,8 +167,13 @@ class ShardedModel:
             small[0].all_gather(small)
 
 
-def build(config: Config, topology: Topology, optimizer: Callable[..., torch.optim.Optimizer]) -> ShardedModel:
-    """The masked language model under ZeRO-3 and tensor parallelism, no rank ever holding the whole of it.
+def build(
+    config: Config,
+    topology: Topology,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    model_class: type[OnEncoder] = MaskedLM,
+) -> ShardedModel:
+    """A model, the masked LM if nothing is said, under ZeRO-3 and tensor parallelism, no rank ever holding all of it.
 
     `optimizer(named_parameters, config.optimizer)` makes the optimizer. The weights are not initialised: call load().
     """
@@ -180,7 +186,7 @@ def build(config: Config, topology: Topology, optimizer: Callable[..., torch.opt
         mpu=mpu,
         remote_device=topology.device.type,
     ):
-        model = MaskedLM(config.model, parallel_parts(topology, dropout_key))
+        model = model_class(config.model, parallel_parts(topology, dropout_key))
     mark_split_parameters(model)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from xlscale.checkpoint.consolidate import export_checkpoint
+from xlscale.checkpoint.init_from import folder_rows
 from xlscale.checkpoint.store import Checkpoint, newest, save, versions
 from xlscale.config import Config, ConfigError, check_topology, to_toml
 from xlscale.data.stream import Stream, open_stream
 from xlscale.models.init import initial_rows
 from xlscale.parallel.topology import Topology, process_groups, raise_together, world_size_from_environment
-from xlscale.parallel.zero import ShardedModel, build
+from xlscale.parallel.zero import Rows, ShardedModel, build
 from xlscale.training.console import Console
 from xlscale.training.metrics import MetricsLog, log_line
 from xlscale.training.optimizer import adamw
@@ -125,6 +126,7 @@ def _start_metrics(
         tp=topology.tp,
         world_size=topology.world_size,
         changed=changed,
+        init_from="" if checkpoint else config.training.init_from,
         language_probabilities=dict(zip(stream.languages, map(float, stream.probabilities), strict=True)),
         versions=versions(),
     )
@@ -185,11 +187,10 @@ def _changes_since(checkpoint: Checkpoint, config: Config) -> list[str]:
 
 
 def _resume(sharded: ShardedModel, checkpoint: Checkpoint | None, config: Config) -> int:
-    """Fill the model from the checkpoint, or with its initial weights; returns the updates already done."""
+    """Fill the model from the checkpoint, or with its first weights; returns the updates already done."""
     shapes = sharded.full_shapes()
     if checkpoint is None:
-        model, seed = config.model, config.training.seed
-        sharded.load(lambda kind, name, start, stop: initial_rows(name, shapes[name], model, seed, start, stop))
+        _load_first_weights(sharded, config)
         return 0
     saved = {name: tuple(entry["shape"]) for name, entry in checkpoint.manifest["parameters"].items()}
     wrong = [name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name)]
@@ -201,6 +202,26 @@ def _resume(sharded: ShardedModel, checkpoint: Checkpoint | None, config: Config
         )
     sharded.load(checkpoint.rows, checkpoint.manifest["optimizer_steps"])
     return checkpoint.step
+
+
+def _load_first_weights(sharded: ShardedModel, config: Config) -> None:
+    """Fill the model from the Hub folder training.init_from, or from the seed."""
+    model, seed = config.model, config.training.seed
+    shapes = sharded.full_shapes()
+    if not config.training.init_from:
+        sharded.load(lambda kind, name, start, stop: initial_rows(name, shapes[name], model, seed, start, stop))
+        return
+    problems: list[str] = []
+    rows: Rows | None = None
+    try:
+        rows = folder_rows(config, problems)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    raise_together(problems)
+    assert rows is not None
+    sharded.load(rows)
+    raise_together(problems)  # what only the rank that read it knows
+    log.info("first weights read from %s", config.training.init_from)
 
 
 def _export(config: Config, topology: Topology, metrics: MetricsLog, step: int) -> None:

@@ -1,0 +1,126 @@
+"""Run by each rank of a launch: models split over tensor-parallel ranks, or under ZeRO-3, against the whole one.
+
+Argument: "split" (all ranks one tensor-parallel group) or "zero" (all ranks data-parallel).
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from xlscale.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from xlscale.models.dropout import DropoutKey
+from xlscale.models.heads import MaskedLM
+from xlscale.models.init import init_weights
+from xlscale.parallel.tensor_parallel import parallel_parts, split_dim, tensor_slice
+from xlscale.parallel.topology import Topology, process_groups, world_size_from_environment
+from xlscale.parallel.zero import build
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+         "max_position_embeddings": 20, "initializer_range": 0.2, "hidden_dropout_prob": 0.0,
+         "attention_probs_dropout_prob": 0.0}  # fmt: skip
+XMOD = {"model_type": "xmod", "languages": ["en_XX", "de_DE", "sw_KE"]}
+CASES = {
+    "xmod-base": ModelConfig(**SMALL, **XMOD),
+    "xmod-prenorm": ModelConfig(
+        **SMALL, **XMOD, pre_norm=True, adapter_layer_norm=True, ln_before_adapter=False, adapter_reduction_factor=4
+    ),
+    "decoder": ModelConfig(
+        **SMALL,
+        model_type="xlm-roberta-xl",
+        is_decoder=True,
+        add_cross_attention=True,
+        position_embedding_type="relative_key_query",
+    ),
+}
+
+
+def arguments(config: ModelConfig) -> dict[str, Any]:
+    """One batch, the same on every rank; sw_KE is not in it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 64, (4, 9), generator=generator)
+    given: dict[str, Any] = {"input_ids": ids, "labels": ids, "attention_mask": None}
+    if config.languages:
+        given["lang_ids"] = torch.tensor([1, 0, 1, 0])
+    if config.add_cross_attention:
+        given["encoder_hidden_states"] = torch.randn(4, 6, 32, generator=generator)
+    return given
+
+
+def whole(config: ModelConfig) -> MaskedLM:
+    """The model on one process, every parameter noisy, after one backward."""
+    model = MaskedLM(config)
+    init_weights(model, config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model(**arguments(config)).losses_M.mean().backward()
+    return model
+
+
+def assert_close(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    # The key's bias has a true gradient of zero.
+    near = 1e-6 if name.endswith("key.bias") else 1e-5 * float(wanted.norm())
+    assert float((found - wanted).norm()) <= near, (name, float((found - wanted).norm()), float(wanted.norm()))
+
+
+def check_split(topology: Topology, config: ModelConfig) -> None:
+    reference, model = whole(config), MaskedLM(config, parallel_parts(topology, DropoutKey()))
+    parameters = dict(reference.named_parameters())
+    cut = partial(tensor_slice, tp_rank=topology.tp_rank, tp=topology.tp)
+    split = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(cut(parameters[name], name))
+            split += split_dim(name) is not None
+    assert split, "nothing is split"
+    given = arguments(config)
+    losses_M = model(**given).losses_M
+    torch.testing.assert_close(losses_M, reference(**given).losses_M, atol=1e-5, rtol=1e-5)
+    losses_M.mean().backward()
+    for name, parameter in model.named_parameters():
+        wanted = parameters[name].grad
+        if wanted is None:  # an absent language, or position embeddings beside relative ones
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None, name
+            assert_close(name, parameter.grad, cut(wanted, name))
+
+
+def check_zero(topology: Topology, model_config: ModelConfig) -> None:
+    reference = whole(model_config)
+    parameters = dict(reference.named_parameters())
+    config = Config(
+        training=TrainingConfig(
+            total_steps=1, global_batch_size=topology.dp, micro_batch_size=1, precision="fp32", max_grad_norm=0.0
+        ),
+        model=model_config,
+        data=DataConfig(shards="-", tokenizer="-"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        schedule=ScheduleConfig(warmup_steps=0),
+    )
+    sharded = build(config, topology, lambda named, _: torch.optim.AdamW([p for _, p in named]))
+    sharded.load(lambda _, name, start, stop: parameters[name].detach()[start:stop])
+    given = arguments(model_config)
+    output = sharded.engine(given.pop("input_ids"), given.pop("labels"), given.pop("attention_mask"), **given)
+    sharded.engine.backward(output.losses_M.mean(), scale_wrt_gas=False)
+    for name, parameter in sharded.named_parameters():
+        wanted = parameters[name].grad
+        found = safe_get_full_grad(parameter)
+        if wanted is None:
+            assert found is None or not found.any(), name
+        else:
+            assert_close(name, found, wanted)
+    sharded.engine.step()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    split = sys.argv[1] == "split"
+    with process_groups(world_size_from_environment() if split else 1) as topology:
+        for name, config in CASES.items():
+            (check_split if split else check_zero)(topology, config)
+            print(name, "is the same", flush=True)
