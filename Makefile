@@ -11,7 +11,8 @@ export XLSCALE_VENV_456
 # newer versions of pip read for them.
 export PIP_CONSTRAINT       := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
-# deepspeed's compiled op: the project's own folder, so that nobody else's stale build lock can stop a start.
+# What deepspeed compiles, if anything (on a CPU it is kept from it): the project's own folder, so that nobody else's
+# stale build lock can stop a start.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PYTHONUNBUFFERED     := 1
 ifeq ($(shell command -v nvidia-smi),)
@@ -71,7 +72,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	test -n "$$found" || need "Python 3.11 or newer is needed and no python3 on the PATH is; on Debian: apt-get install python3"; \
 	$$found -c 'import ensurepip, venv' 2>/dev/null \
 	  || need "$$found has no venv module; on Debian: apt-get install python3-venv"; \
-	command -v g++ >/dev/null || need "g++ is needed (deepspeed compiles its CPU op); on Debian: apt-get install g++"; \
+	command -v g++ >/dev/null || need "g++ is needed (a package without a wheel for this Python is compiled); on Debian: apt-get install g++"; \
 	$$found -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	  || need "the headers of $$found are needed to compile; on Debian: apt-get install python3-dev"; \
 	test -x $(PY) || $$found -m venv $(VENV)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LITERAL = re.compile(f"(<s>|<pad>|</s>|<unk>|[{_SPACE}]*<mask>)")
 
 
-class HubTokenizer:
+class HubTokenizer(ABC):
     """A tokenizer with <s>, <pad>, </s>, <unk> and <mask>; how a text is cut is the business of the two kinds.
 
     Of the special ids, encoding yields <unk> only, whatever the text: a literal "<mask>" or "<s>" is plain characters,
@@ -89,25 +90,25 @@ class HubTokenizer:
             for found in parts
         ]
 
+    @abstractmethod
     def _encode(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """Ids (int32) of each text, every character of it plain."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _sample(self, text: str, nbest_size: int, alpha: float, draw: random.Random) -> np.ndarray:
         """Ids (int32) of one random cut."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_sampling(self, nbest_size: int, alpha: float) -> None:
         """ValueError for what this kind cannot sample by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token(self, token_id: int) -> str:
         """The piece or special token with an id; ValueError if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of some ids; <s>, <pad> and </s> are left out."""
-        raise NotImplementedError
 
     def build_inputs_with_special_tokens(self, ids_0: Sequence[int], ids_1: Sequence[int] | None = None) -> list[int]:
         """`<s> A </s>`, or `<s> A </s></s> B </s>` of a pair, from ids without special tokens."""
@@ -188,13 +189,13 @@ class HubTokenizer:
         """Ids of SPECIAL_TOKENS in their order."""
         return self.bos_id, self.pad_id, self.eos_id, self.unk_id, self.mask_id
 
+    @abstractmethod
     def _vocabulary_files(self) -> dict[str, bytes]:
         """Content of the files that decide the ids, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pipeline(self) -> dict[str, Any]:
         """normalizer, pre_tokenizer, post_processor, decoder and model of tokenizer.json."""
-        raise NotImplementedError
 
     def _settings(self) -> dict[str, Any]:
         """What tokenizer_config.json has of this kind only."""

@@ -146,13 +146,15 @@ def _due(step: int, every: int) -> bool:
 def _open_stream(config: Config, topology: Topology, console: Console) -> Stream:
     """The stream over the token shards, which the main process derives first where they are not there yet."""
     problems: list[str] = []
+    stream: Stream | None = None
     if topology.is_main:
         try:
-            _check_vocabulary(open_stream(config, console.step("tokenising")), config)
+            stream = open_stream(config, console.step("tokenising"))
+            _check_vocabulary(stream, config)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     raise_together(problems)
-    return open_stream(config)
+    return open_stream(config) if stream is None else stream
 
 
 def _check_vocabulary(stream: Stream, config: Config) -> None:
