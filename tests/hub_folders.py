@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import xlscale
 from xlscale.checkpoint.importers import import_folder
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.heads import HEADS
 
 SMALL = {

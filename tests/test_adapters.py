@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.adapters import route
 from xlscale.models.encoder import Encoder
 from xlscale.models.families import preset

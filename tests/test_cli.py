@@ -35,7 +35,7 @@ def refused(*arguments: str, **env: str) -> list[str]:
 
 def test_help_says_what_each_command_does() -> None:
     text = xlscale("--help").stdout
-    for name in ("train", "export", "import", "report"):
+    for name in ("train", "replay", "export", "import", "report"):
         (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
         assert len(line.split()) > 3
         assert xlscale(name, "--help").returncode == 0
@@ -64,6 +64,7 @@ def test_all_problems_of_a_config_are_one_line_each() -> None:
             "config file configs/dmeo.toml does not exist; there are configs/demo.toml",
         ),
         (("report", "runs/nowhere"), "runs/nowhere"),
+        (("replay", "runs/nowhere/update-00000001.safetensors"), "does not exist; skipped updates are kept in"),
         (("export", "runs/nowhere", "--out", "runs/nowhere/hub"), "runs/nowhere"),
     ],
 )

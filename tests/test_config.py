@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlscale import config as module
-from xlscale.config import FIELDS, SECTIONS, Config, ConfigError, check, check_topology, load_config, to_toml
+from xlscale import config_sections as module
+from xlscale.config import FIELDS, SECTIONS, ConfigError, check, check_topology, load_config, to_toml
 from xlscale.config_rules import ABOVE_ZERO, AT_LEAST, BETWEEN, CHOICES, CROSS_RULES, NOT_EMPTY
+from xlscale.config_sections import Config
 from xlscale.training.schedule import DECAYS
 
 SMALL = """
@@ -194,9 +195,25 @@ def test_optional_fields_and_tables_go_through_toml(small: Path) -> None:
         assert load_config(small.with_name("again.toml")) == resolved
 
 
-def test_a_vocabulary_that_does_not_divide_offers_padding_rows(small: Path) -> None:
-    (line,) = problems_of(small, "parallel.tensor_parallel=4", "model.vocab_size=802")
-    assert "must divide vocab_size = 802; use one of [1, 2], or vocab_size = 804" in line
+def test_a_vocabulary_that_does_not_divide_is_no_problem(small: Path) -> None:
+    assert load_config(small, ["parallel.tensor_parallel=4", "model.vocab_size=802"]).model.vocab_size == 802
+
+
+def test_tokens_that_cannot_be_split_offloading_that_cannot_work_and_a_spike_of_nothing_are_refused(
+    small: Path,
+) -> None:
+    (line,) = problems_of(
+        small, "parallel.tensor_parallel=4", "parallel.sequence_parallel=true", "data.sequence_length=30"
+    )
+    assert "30 tokens of data.sequence_length" in line and "use a length of 28 or 32" in line
+    (line,) = problems_of(small, "parallel.offload_optimizer=cpu", "parallel.zero_stage=0")
+    assert "needs zero_stage = 1, 2 or 3" in line
+    (line,) = problems_of(small, "parallel.offload_optimizer=nvme")
+    assert "needs zero_stage = 3 and an offload_folder" in line
+    (line,) = problems_of(small, "parallel.offload_folder=/tmp")
+    assert "leave it out" in line
+    (line,) = problems_of(small, "faults.spike_factor=0.5")
+    assert "use 2.0 or more, or 0" in line
 
 
 def test_a_missing_file_names_those_that_exist(small: Path) -> None:

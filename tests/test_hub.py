@@ -15,7 +15,7 @@ from xlscale.checkpoint.head_names import HEAD_NAMES
 from xlscale.checkpoint.hub import write_hub_folder
 from xlscale.checkpoint.hub_folder import read_hub_folder
 from xlscale.checkpoint.hub_names import HF_NAMES, hf_names, shapes_of, wildcards
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.families import LAYOUTS, parameter_shapes
 from xlscale.models.heads import HEADS
 

@@ -14,7 +14,10 @@ REPO = Path(__file__).parents[1]
 LEVELS = {
     "xlscale": 0,
     "xlscale.config": 0,
+    "xlscale.config_deepspeed": 0,
     "xlscale.config_rules": 0,
+    "xlscale.config_sections": 0,
+    "xlscale.config_values": 0,
     "xlscale.languages": 0,
     "xlscale.tokenizer": 1,
     "xlscale.tokenizer_bpe": 1,

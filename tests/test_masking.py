@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from xlscale.config import MaskingConfig
+from xlscale.config_sections import MaskingConfig
 from xlscale.data.masking import IGNORE, mask_tokens
 from xlscale.data.sampling import MASK, keyed_generator
 

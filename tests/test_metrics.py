@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xlscale.config import Config, load_config
+from xlscale.config import load_config
+from xlscale.config_sections import Config
 from xlscale.training.metrics import MetricsLog, log_line, read_events, read_metrics, short
 
 REPO = Path(__file__).parents[1]

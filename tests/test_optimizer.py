@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xlscale.config import OptimizerConfig
+from xlscale.config_sections import OptimizerConfig
 from xlscale.models.families import preset
 from xlscale.models.heads import MaskedLM
 from xlscale.training.optimizer import DECAY, NO_DECAY, adamw, parameter_groups

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlscale.config import ScheduleConfig
+from xlscale.config_sections import ScheduleConfig
 from xlscale.training.schedule import DECAYS, lr_at
 
 PEAK = 6e-4

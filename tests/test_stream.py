@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.corpora import write_shards
-from xlscale.config import MaskingConfig
+from xlscale.config_sections import MaskingConfig
 from xlscale.data.packing import pack_documents
 from xlscale.data.sampling import QUOTA_BLOCK, language_quotas, language_shares, micro_batch_slots
 from xlscale.data.shards import Corpus

@@ -24,6 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
+]
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
 
@@ -46,10 +50,7 @@ def _xlscale(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file, as configs/demo.toml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
-    ] = None,
+    overrides: Overrides = None,
     local_rank: LocalRank = None,
 ) -> None:
     """Pretrain by CONFIG, going on from the newest checkpoint of its run folder if there is one.
@@ -61,6 +62,25 @@ def train(
     from xlscale.training.loop import train
 
     train(loaded)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="A skipped update, as runs/demo/faults/update-00000012.safetensors.")],
+    overrides: Overrides = None,
+    local_rank: LocalRank = None,
+) -> None:
+    """Forward and backward over FILE, the batches of a skipped update: which losses and gradients are not finite.
+
+    With the config and a checkpoint of its run, of which nothing is changed. Processes are started as for train.
+    """
+    _check_local_rank(local_rank)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from xlscale.training.replay import replay
+
+    lines = replay(file, overrides or [])
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
 
 
 @app.command()

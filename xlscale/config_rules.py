@@ -12,7 +12,8 @@ from typing import Any
 # other problems still show.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "training.precision": ("bf16", "fp32"),
-    "parallel.zero_stage": (3,),
+    "parallel.zero_stage": (0, 1, 2, 3),
+    "parallel.offload_optimizer": ("none", "cpu", "nvme"),
     "model.model_type": ("xlm-roberta-xl", "xlm-roberta", "roberta", "xmod"),
     "model.hidden_act": ("gelu", "gelu_new", "relu", "silu"),
     "model.position_embedding_type": ("absolute", "relative_key", "relative_key_query"),
@@ -28,10 +29,11 @@ AT_LEAST: dict[str, int] = {
     "training.global_batch_size": 1,
     "training.micro_batch_size": 1,
     "training.max_grad_norm": 0,
-    "training.max_skipped_updates": 1,
+    "training.activation_checkpointing": 0,
     "training.threads": 0,
     "training.stop_after": 0,
     "parallel.tensor_parallel": 1,
+    "parallel.drift_check_every": 0,
     "model.vocab_size": 8,
     "model.hidden_size": 1,
     "model.num_hidden_layers": 1,
@@ -50,6 +52,11 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
     "export.every": 0,
+    "faults.max_skipped": 1,
+    "faults.window": 1,
+    "faults.spike_factor": 0,
+    "faults.spike_window": 1,
+    "faults.keep": 0,
     "logging.every": 1,
 }
 ABOVE_ZERO = ("model.layer_norm_eps", "model.initializer_range", "optimizer.learning_rate", "optimizer.eps")
@@ -134,15 +141,37 @@ def _heads(hidden: int, heads: int) -> str | None:
     )
 
 
-def tensor_parallel_problem(tp: int, heads: int, intermediate: int, vocab: int) -> str | None:
-    if heads % tp == intermediate % tp == vocab % tp == 0:
-        return None
-    sizes = {"num_attention_heads": heads, "intermediate_size": intermediate, "vocab_size": vocab}
+def tensor_parallel_problem(tp: int, heads: int, intermediate: int) -> str | None:
+    sizes = {"num_attention_heads": heads, "intermediate_size": intermediate}
     wrong = " and ".join(f"{name} = {size}" for name, size in sizes.items() if size % tp)
-    way = f"use one of {divisors(*sizes.values())}"
-    if heads % tp == intermediate % tp == 0:
-        way += f", or vocab_size = {(vocab // tp + 1) * tp} (rows above the tokenizer's are padding)"
-    return f"parallel.tensor_parallel = {tp} must divide {wrong}; {way}"
+    if not wrong:
+        return None
+    return f"parallel.tensor_parallel = {tp} must divide {wrong}; use one of {divisors(*sizes.values())}"
+
+
+def _tokens_split(sequence_parallel: bool, tp: int, length: int) -> str | None:
+    if not sequence_parallel or length % tp == 0:
+        return None
+    return (
+        f"parallel.sequence_parallel = true splits the {length} tokens of data.sequence_length over "
+        f"tensor_parallel = {tp} ranks; use a length of {multiples(length, tp)}, or sequence_parallel = false"
+    )
+
+
+def _offload(where: str, folder: str, stage: int) -> str | None:
+    if where == "cpu" and stage == 0:
+        return 'parallel.offload_optimizer = "cpu" needs zero_stage = 1, 2 or 3; set one, or "none"'
+    if where == "nvme" and (stage != 3 or not folder):
+        return 'parallel.offload_optimizer = "nvme" needs zero_stage = 3 and an offload_folder; set both'
+    if where != "nvme" and folder:
+        return f'parallel.offload_folder = {toml_value(folder)} is for offload_optimizer = "nvme"; leave it out'
+    return None
+
+
+def _spike(factor: float) -> str | None:
+    if factor == 0 or factor > 1:
+        return None
+    return f"faults.spike_factor = {factor} would skip ordinary updates; use 2.0 or more, or 0 for no such rule"
 
 
 def _positions(length: int, positions: int, pad: int) -> str | None:
@@ -266,10 +295,12 @@ CROSS_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
             "parallel.tensor_parallel",
             "model.num_attention_heads",
             "model.intermediate_size",
-            "model.vocab_size",
         ),
         tensor_parallel_problem,
     ),
+    (("parallel.sequence_parallel", "parallel.tensor_parallel", "data.sequence_length"), _tokens_split),
+    (("parallel.offload_optimizer", "parallel.offload_folder", "parallel.zero_stage"), _offload),
+    (("faults.spike_factor",), _spike),
     (("data.sequence_length", "model.max_position_embeddings", "model.pad_token_id"), _positions),
     (
         ("model.vocab_size", "model.pad_token_id", "model.bos_token_id", "model.eos_token_id"),

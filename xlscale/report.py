@@ -65,7 +65,7 @@ def header(run: Run) -> str:
         ("tokens", short(sum(record.get("tokens") or 0 for record in run.records)), "seen in training"),
         ("throughput", short(statistics.median(speeds)) if speeds else "-", "tokens per second, median"),
         ("time in updates", _duration(seconds), f"{resumes} resumes" if resumes != 1 else "1 resume"),
-        ("skipped updates", str(last.get("skipped_updates", 0)), "gradient was not finite"),
+        ("skipped updates", str(last.get("skipped_updates", 0)), "not finite, or a spike"),
     ]
     cells = "".join(
         f"<div><span>{_t(name)}</span><b>{_t(value)}</b><small>{_t(note)}</small></div>" for name, value, note in tiles

@@ -20,7 +20,7 @@ from xlscale.checkpoint.hub import write_hub_folder
 from xlscale.checkpoint.hub_folder import open_hub_folder
 from xlscale.checkpoint.hub_names import shapes_of
 from xlscale.checkpoint.importers import import_folder
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.families import parameter_count, preset
 
 BLOCK = 1 << 20

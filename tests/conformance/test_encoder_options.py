@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.conformance.versions import NEW, OLD, both_versions
 from xlscale.checkpoint.hub_config import CLASSES, hub_config, read_head, read_hub_config
 from xlscale.checkpoint.hub_names import hf_names
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.encoder import Encoder
 
 SMALL = {

@@ -12,7 +12,7 @@ from tests.conformance.versions import Reference, both_versions
 from xlscale.checkpoint.hub_config import CLASSES, hub_config
 from xlscale.checkpoint.hub_names import hf_names
 from xlscale.checkpoint.pretrained import load_pretrained, save_pretrained
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.data.masking import IGNORE
 from xlscale.models.bare import Model
 from xlscale.models.heads import HEADS

@@ -13,7 +13,7 @@ from xlscale.checkpoint.hub import write_hub_folder
 from xlscale.checkpoint.hub_config import hub_config
 from xlscale.checkpoint.hub_folder import read_hub_folder
 from xlscale.checkpoint.hub_names import hf_names
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.data.masking import IGNORE
 from xlscale.models.families import PRESETS, parameter_shapes, preset
 from xlscale.models.heads import MaskedLM

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.conformance.versions import NEW, ReferenceFailedError, both_versions
 from xlscale.checkpoint.hub_config import hub_config, read_hub_config
 from xlscale.checkpoint.hub_names import hf_names
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.data.masking import IGNORE
 from xlscale.models.families import PRESETS, parameter_shapes, preset
 from xlscale.models.heads import MaskedLM

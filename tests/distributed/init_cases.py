@@ -15,10 +15,11 @@ from xlscale.checkpoint.init_from import folder_rows
 from xlscale.checkpoint.store import save
 from xlscale.config import load_config
 from xlscale.models.heads import HEADS
+from xlscale.parallel.sharded import ShardedModel
 from xlscale.parallel.topology import Topology, process_groups
-from xlscale.parallel.zero import ShardedModel, build
-from xlscale.training.loop import _resume
+from xlscale.parallel.zero import build
 from xlscale.training.optimizer import adamw
+from xlscale.training.start import load_weights
 
 HEAD = "ForSequenceClassification"
 IDS = torch.tensor([[0, 5, 6, 7, 2], [0, 9, 8, 2, 1]])
@@ -42,7 +43,7 @@ def run(path: str, topology: Topology) -> None:
 
     HubFolder.rows = counted  # type: ignore[method-assign]
     sharded = build(config, topology, adamw)
-    assert _resume(sharded, None, config) == 0
+    assert load_weights(sharded, None, config) == 0
     (config.run_dir / f"read-{topology.rank}.json").write_text(json.dumps({"read": read, "kept": sizes(sharded)}))
     save(config.run_dir / "checkpoints", sharded, config, 0, 0, {})
     sharded.engine.destroy()

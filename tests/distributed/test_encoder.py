@@ -1,4 +1,5 @@
-"""Adapters, cross-attention and relative positions over tensor-parallel ranks and under ZeRO-3: loss and gradients."""
+"""Split over tensor-parallel ranks and under ZeRO, with and without sequence parallelism and recomputed layers: loss
+and gradients of every kind of layer are those of the whole model."""
 
 from pathlib import Path
 
@@ -6,10 +7,15 @@ import pytest
 
 from tests.distributed.launch import ROOT, run
 
-WORKER = str(ROOT / "tests" / "distributed" / "encoder_cases.py")
+CASES = ROOT / "tests" / "distributed"
 
 
-@pytest.mark.parametrize("how", ["split", "zero"])
-def test_losses_and_gradients_are_those_of_one_process(how: str, tmp_path: Path) -> None:
-    run(2, [WORKER, how], tmp_path / "log", timeout=200)
-    assert (tmp_path / "log.0").read_text().count("is the same") == 3
+@pytest.mark.parametrize(("how", "ranks", "cases"), [("split", 2, 7), ("split", 4, 7), ("zero", 2, 5)])
+def test_losses_and_gradients_are_those_of_one_process(how: str, ranks: int, cases: int, tmp_path: Path) -> None:
+    run(ranks, [str(CASES / "encoder_cases.py"), how], tmp_path / "log", timeout=300)
+    assert (tmp_path / "log.0").read_text().count("is the same") == cases
+
+
+def test_every_zero_stage_takes_sequence_parallelism_and_recomputed_layers(tmp_path: Path) -> None:
+    run(4, [str(CASES / "engine_cases.py")], tmp_path / "log", timeout=300)
+    assert (tmp_path / "log.0").read_text().count("is the same") == 18

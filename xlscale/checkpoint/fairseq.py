@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, get_type_hints
 from xlscale.checkpoint.hub_config import TOKENIZER_FILES
 from xlscale.checkpoint.hub_names import filled, wildcards
 from xlscale.checkpoint.weights import Weights
-from xlscale.config import TYPE_NAMES, ModelConfig, exact, fits
 from xlscale.config_rules import broken_rules
+from xlscale.config_sections import ModelConfig
+from xlscale.config_values import TYPE_NAMES, exact, fits
 
 # Our module -> fairseq's, with N for a layer and L for a language.
 FAIRSEQ_NAMES = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from xlscale.checkpoint.hub_config import TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZERS, hub_config
 from xlscale.checkpoint.hub_names import Shapes, compare_shapes, hf_names, shapes_of
 from xlscale.checkpoint.weights import CHUNK, INDEX, SAFETENSORS, check_finite, open_safetensors
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.data.shards import fsync_path
 
 # xlscale's name -> (torch's, safetensors', config.json's)

@@ -5,8 +5,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from xlscale.config import TYPE_NAMES, ModelConfig, exact, fits
 from xlscale.config_rules import XMOD_ONLY, broken_rules
+from xlscale.config_sections import ModelConfig
+from xlscale.config_values import TYPE_NAMES, exact, fits
 
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "xlm-roberta-xl": "XLMRobertaXL", "xmod": "Xmod"}
 TOKENIZERS = {

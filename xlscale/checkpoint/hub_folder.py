@@ -15,8 +15,9 @@ from xlscale.checkpoint.fairseq import DECODER, WORD, Place, canonical, fairseq_
 from xlscale.checkpoint.hub_config import read_head, read_hub_config
 from xlscale.checkpoint.hub_names import BUFFERS, SECOND_NAMES, Shapes, compare_shapes, hf_names, shapes_of, with_prefix
 from xlscale.checkpoint.weights import CHUNK, FAIRSEQ, Weights, check_finite, open_weights
-from xlscale.config import FIELDS, ModelConfig
+from xlscale.config import FIELDS
 from xlscale.config_rules import broken_rules
+from xlscale.config_sections import ModelConfig
 from xlscale.models.heads import HEADS
 from xlscale.models.init import initial_rows
 

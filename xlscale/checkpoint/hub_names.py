@@ -3,7 +3,7 @@
 import re
 
 from xlscale.checkpoint.head_names import PREFIX, as_written, head_hf_name
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.families import encoder_shapes
 from xlscale.models.heads import head_shapes
 

@@ -3,6 +3,7 @@
     step-00000100/
       manifest.json                         step, slot, topology, every parameter's full shape, a digest of every file
       config.toml  stream.json              the resolved config; the stream's position and fingerprints
+      faults.json                           the skipped updates, and the losses that a spike is measured by
       tokenizer/                            as on the Hub, so that an export needs nothing else
       partitions-tp00-dp0000.safetensors    flat fp32 weight and moments of that rank, by parameter name
 
@@ -25,11 +26,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from xlscale.config import Config, to_toml
+from xlscale.config import to_toml
+from xlscale.config_sections import Config
 from xlscale.data.shards import fsync_path
+from xlscale.parallel.sharded import KINDS, ShardedModel
 from xlscale.parallel.tensor_parallel import split_dim
 from xlscale.parallel.topology import Topology, raise_together
-from xlscale.parallel.zero import KINDS, ShardedModel
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +62,13 @@ def partition_file(tp_rank: int, dp_rank: int) -> str:
     return f"partitions-tp{tp_rank:02d}-dp{dp_rank:04d}.safetensors"
 
 
-def save(root: Path, sharded: ShardedModel, config: Config, step: int, slot: int, stream_state: dict[str, Any]) -> Path:
+def save(
+    root: Path, sharded: ShardedModel, config: Config, step: int, slot: int, states: dict[str, dict[str, Any]]
+) -> Path:
     """Write `root/step-<step>` from all ranks and return it; raises ConfigError on all ranks when one cannot write.
 
-    `slot`: the first slot of the next update. Older folders beyond checkpoint.keep are removed afterwards.
+    `slot`: the first slot of the next update. `states`: what else must go on, written as <name>.json each.
+    Older folders beyond checkpoint.keep are removed afterwards.
     """
     topology = sharded.topology
     final = root / f"step-{step:08d}"
@@ -95,7 +100,7 @@ def save(root: Path, sharded: ShardedModel, config: Config, step: int, slot: int
     dist.all_gather_object(entries, (mine, entry))
     if topology.is_main:
         try:
-            _finish(partial, final, sharded, config, step, slot, stream_state, dict(entries))
+            _finish(partial, final, sharded, config, step, slot, states, dict(entries))
             _retain(root, config.checkpoint.keep)
         except OSError as error:
             problems.append(f"checkpoint {partial}: {error}")
@@ -110,12 +115,13 @@ def _finish(
     config: Config,
     step: int,
     slot: int,
-    stream_state: dict[str, Any],
+    states: dict[str, dict[str, Any]],
     files: dict[str, dict[str, Any]],
 ) -> None:
     """The main rank's part of a save: the small files, the manifest, the rename, the pointer."""
     (partial / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    (partial / "stream.json").write_text(json.dumps(stream_state, indent=1), encoding="utf-8")
+    for name, state in states.items():
+        (partial / f"{name}.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     shutil.copytree(config.data.tokenizer, partial / "tokenizer")
     for path in sorted(partial.rglob("*")):
         name = str(path.relative_to(partial))
@@ -198,9 +204,12 @@ class Checkpoint:
         """Updates done when it was written."""
         return int(self.manifest["step"])
 
-    def stream_state(self) -> dict[str, Any]:
-        """Position and fingerprints of the stream."""
-        state: dict[str, Any] = json.loads((self.folder / "stream.json").read_text(encoding="utf-8"))
+    def state(self, name: str) -> dict[str, Any]:
+        """One of the `states` that it was saved with; empty when it was saved without."""
+        file = f"{name}.json"
+        if file not in self.manifest["files"]:
+            return {}
+        state: dict[str, Any] = json.loads((self.folder / file).read_text(encoding="utf-8"))
         return state
 
     def damaged(self, names: Iterable[str]) -> list[str]:
@@ -223,7 +232,7 @@ class Checkpoint:
         if dim is None:
             flat = self._flat(kind, name, 0, start * width, stop * width)
         elif dim == 0:
-            height = shape[0] // tp
+            height = -(-shape[0] // tp)  # the last rows of a split vocabulary may be missing on the last ranks
             flat = torch.cat(
                 [
                     self._flat(
@@ -265,13 +274,13 @@ class Checkpoint:
         return self._pieces[name, tp_rank]
 
 
-def newest(root: Path, topology: Topology | None = None) -> Checkpoint | None:
+def newest(root: Path, topology: Topology | None = None, up_to: int | None = None) -> Checkpoint | None:
     """The newest whole checkpoint under `root`, every file's digest checked; a broken one is named and passed over.
 
-    With a topology all ranks call it, share the checking and get the same answer.
+    With a topology all ranks call it, share the checking and get the same answer. up_to: the last step that may be.
     """
     rank, world = (topology.rank, topology.world_size) if topology else (0, 1)
-    names = [path.name for path in _folders(root)]
+    names = [path.name for path in _folders(root) if up_to is None or path.name <= f"step-{up_to:08d}"]
     if topology:
         shared = [names]
         dist.broadcast_object_list(shared)

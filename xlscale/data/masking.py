@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from xlscale.config import MaskingConfig
+from xlscale.config_sections import MaskingConfig
 
 IGNORE = -100  # label of a token that is not predicted, as torch's cross entropy has it
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xlscale.config import Config, MaskingConfig
+from xlscale.config_sections import Config, MaskingConfig
 from xlscale.data.masking import mask_tokens
 from xlscale.data.sampling import (
     BLOCK_ORDER,

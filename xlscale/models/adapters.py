@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.parts import Parts, activation
 
 
@@ -59,12 +59,12 @@ class Adapter(nn.Module):
     def __init__(self, model: ModelConfig, parts: Parts):
         super().__init__()
         width = model.hidden_size // model.adapter_reduction_factor
-        self.act = activation(model.hidden_act)
+        self.act, self.into_columns = activation(model.hidden_act), parts.into_columns
         self.down = parts.column(model.hidden_size, width)
         self.up = parts.row(width, model.hidden_size)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        output_BTD: Tensor = self.up(self.act(self.down(hidden_BTD)))
+        output_BTD: Tensor = self.up(self.act(self.down(self.into_columns(hidden_BTD))))
         return output_BTD
 
 

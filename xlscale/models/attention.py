@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.parts import Parts
 
 KeysValues = tuple[Tensor, Tensor]
@@ -73,15 +73,20 @@ def _checked(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention, with distances between query and key where the config says so."""
+    """Multi-head attention, with distances between query and key where the config says so.
 
-    def __init__(self, model: ModelConfig, parts: Parts, cross: bool = False):
+    Query, key and value are three products: one of three times the width is not faster at real widths
+    (tests/benchmarks/results/fused_qkv.md). What they share is their entry.
+    """
+
+    def __init__(self, model: ModelConfig, parts: Parts, site: int, cross: bool = False):
         super().__init__()
         D = model.hidden_size
         assert D % model.num_attention_heads == 0, "config.check refuses this"
         self.head_dim = D // model.num_attention_heads
         self.dropout_prob = model.attention_probs_dropout_prob
-        self.cross = cross
+        self.cross, self.site, self.seed = cross, site, parts.seed_attention
+        self.into_columns, self.into_split = parts.into_columns, parts.into_split
         self.query = parts.column(D, D)
         self.key = parts.column(D, D)
         self.value = parts.column(D, D)
@@ -89,7 +94,7 @@ class Attention(nn.Module):
         # Cross-attention has no distances in any family.
         self.positions = "absolute" if cross else model.position_embedding_type
         if self.positions != "absolute":
-            self.max_positions, self.into_split = model.max_position_embeddings, parts.into_split
+            self.max_positions = model.max_position_embeddings
             self.distance = nn.Embedding(2 * self.max_positions - 1, self.head_dim)
 
     def forward(
@@ -107,17 +112,21 @@ class Attention(nn.Module):
         past: cached keys and values; self-attention puts them before the new ones, cross-attention uses them alone.
         head_mask: factor of each head. output_weights: give the weights too, at the cost of the fast kernels.
         """
-        q_BNTH = self._heads(self.query(hidden_BTD))
+        entered = self.into_columns(hidden_BTD)
+        q_BNTH = self._heads(self.query(entered))
         if self.cross and past is not None:
             k_BNKH, v_BNKH = past
         else:
-            source_BKD = states_BKD if self.cross else hidden_BTD
-            k_BNKH, v_BNKH = self._heads(self.key(source_BKD)), self._heads(self.value(source_BKD))
+            if states_BKD is not None:
+                entered = self.into_split(states_BKD)
+            k_BNKH, v_BNKH = self._heads(self.key(entered)), self._heads(self.value(entered))
             if past is not None:
                 k_BNKH, v_BNKH = torch.cat([past[0], k_BNKH], dim=2), torch.cat([past[1], v_BNKH], dim=2)
         dropout = self.dropout_prob if self.training else 0.0
         bias_BNTK = None if self.positions == "absolute" else self._distance_scores(q_BNTH, k_BNKH)
         weights_BNTK = None
+        if dropout:
+            self.seed(self.site)
         if output_weights:
             weights_BNTK = F.dropout(_weights(q_BNTH, k_BNKH, bias_BNTK, mask), dropout)
             context_BNTH = weights_BNTK @ v_BNKH

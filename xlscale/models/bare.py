@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.models.encoder import Encoder
 from xlscale.models.outputs import ModelOutput
 from xlscale.models.parts import PLAIN, Parts

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.data.masking import IGNORE
 from xlscale.models.bare import OnEncoder, Pooler
 from xlscale.models.outputs import ClassifierOutput, QuestionAnsweringOutput

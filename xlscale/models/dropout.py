@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a key, so that all tensor-parallel ranks drop the same elements."""
+"""Dropout whose noise is a function of a key: the same on every rank that must agree, and again when recomputed."""
 
 import hashlib
 
@@ -18,21 +18,30 @@ class DropoutKey:
         self.parts: tuple[object, ...] = ()
 
     def set(self, *parts: object) -> None:
-        """Key of the coming forward pass, for instance (seed, first slot of the micro-batch)."""
+        """Key of the coming forward pass and of its backward pass, for instance (seed, first slot)."""
         self.parts = parts
 
 
 class KeyedDropout(nn.Module):
-    """Drops elements with probability `p`; the same (key, site) drops the same elements on every rank and replay."""
+    """Drops elements with probability `p`; the same (key, site, share) drops the same elements on every rank.
 
-    def __init__(self, p: float, site: int, key: DropoutKey) -> None:
+    share: what tells ranks apart that hold different elements, () where all hold the same.
+    """
+
+    def __init__(self, p: float, site: int, key: DropoutKey, share: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.p, self.site, self.key = p, site, key
+        self.p, self.site, self.key, self.share = p, site, key, share
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of any shape, scaled by 1 / (1 - p) where it is kept."""
         if not self.training or self.p == 0.0:
             return x
-        generator = torch.Generator(x.device).manual_seed(key_of(*self.key.parts, self.site))
-        keep = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=generator)
-        return x * keep.div_(1.0 - self.p)
+        generator = torch.Generator(x.device).manual_seed(key_of(*self.key.parts, self.site, *self.share))
+        # One byte per element is kept for the backward pass, not one number.
+        dropped = torch.empty_like(x, dtype=torch.bool).bernoulli_(self.p, generator=generator)
+        return (x / (1.0 - self.p)).masked_fill(dropped, 0.0)
+
+
+def seed_attention(site: int, key: DropoutKey, tp_rank: int) -> None:
+    """Seed torch's generators, of CPU and GPU alike, for the attention weights of one place and one rank's heads."""
+    torch.manual_seed(key_of(*key.parts, "attention", site, tp_rank))

@@ -1,20 +1,23 @@
 """The encoder of RoBERTa, XLM-R (post-LN), XLM-R XL/XXL (pre-LN) and X-MOD (either, with adapters).
 
-Legend: B batch, T tokens, K keys (cached tokens and these), D hidden, N heads, F width of the feed-forward network.
+Legend: B batch, T tokens, K keys (cached tokens and these), D hidden, N heads.
 A module touches its own parameters only: ZeRO-3 gathers them module by module.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from xlscale.config import ModelConfig
-from xlscale.models.adapters import Adapters, Routing, route
-from xlscale.models.attention import Attention, Mask, cross_mask, self_mask
+from xlscale.config_sections import ModelConfig
+from xlscale.models.adapters import route
+from xlscale.models.attention import cross_mask, self_mask
 from xlscale.models.families import layout
-from xlscale.models.parts import PLAIN, Parts, activation
+from xlscale.models.layer import Layer, LayerInput, recomputed
+from xlscale.models.parts import PLAIN, Parts
 
 Cache = tuple[tuple[Tensor, ...], ...]
 """For each layer its keys and values [B, N, K, H], then those of cross-attention where there is one."""
@@ -43,6 +46,7 @@ class Embeddings(nn.Module):
         D, pad = model.hidden_size, model.pad_token_id
         self.pad_token_id = pad
         self.absolute = model.position_embedding_type == "absolute"
+        self.cut_tokens = parts.cut_tokens
         self.max_tokens = model.max_position_embeddings - (pad + 1 if self.absolute else 0)
         self.word = parts.vocab_embedding(model.vocab_size, D, pad)
         # With relative positions the table is there and unused, as in transformers.
@@ -59,7 +63,7 @@ class Embeddings(nn.Module):
         position_ids_BT: Tensor | None = None,
         past: int = 0,
     ) -> Tensor:
-        """Embedded tokens [B, T, D], of which `past` others came before."""
+        """Embedded tokens [B, T, D], those of this rank's residual stream; `past` others came before."""
         given = input_ids_BT if inputs_embeds_BTD is None else inputs_embeds_BTD
         assert given is not None, "the encoder looks"
         tokens = past + given.shape[1]
@@ -70,13 +74,15 @@ class Embeddings(nn.Module):
             )
         if token_type_ids_BT is None:
             token_type_ids_BT = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device)
-        word_BTD = self.word(input_ids_BT) if inputs_embeds_BTD is None else inputs_embeds_BTD
+        # Ids are cut first, so that each rank looks up its own tokens only.
+        type_BTD = self.token_type(self.cut_tokens(token_type_ids_BT))
+        word_BTD = self.word(input_ids_BT) if inputs_embeds_BTD is None else self.cut_tokens(inputs_embeds_BTD)
         # Added in the order of transformers, for the same rounding.
-        embedded_BTD: Tensor = word_BTD + self.token_type(token_type_ids_BT)
+        embedded_BTD: Tensor = word_BTD + type_BTD
         if self.absolute:
             if position_ids_BT is None:
                 position_ids_BT = self._positions(input_ids_BT, given, past)
-            embedded_BTD = embedded_BTD + self.position(position_ids_BT)
+            embedded_BTD = embedded_BTD + self.position(self.cut_tokens(position_ids_BT))
         if self.norm is not None:
             embedded_BTD = self.norm(embedded_BTD)
         output_BTD: Tensor = self.dropout(embedded_BTD)
@@ -91,126 +97,6 @@ class Embeddings(nn.Module):
         return (real_BT.cumsum(dim=1) + past) * real_BT + self.pad_token_id
 
 
-class MLP(nn.Module):
-    """The feed-forward network of one layer."""
-
-    def __init__(self, model: ModelConfig, parts: Parts):
-        super().__init__()
-        self.act = activation(model.hidden_act)
-        self.up = parts.column(model.hidden_size, model.intermediate_size)
-        self.down = parts.row(model.intermediate_size, model.hidden_size)
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        output_BTD: Tensor = self.down(self.act(self.up(hidden_BTD)))
-        return output_BTD
-
-
-class LayerInput(NamedTuple):
-    """What a layer needs besides the hidden states, the same for all layers but for cache and head mask."""
-
-    mask: Mask
-    routing: Routing | None = None
-    states_BKD: Tensor | None = None
-    cross_mask: Mask = Mask()
-    past: tuple[Tensor, ...] | None = None
-    use_cache: bool = False
-    head_mask_N: Tensor | None = None
-    output_attentions: bool = False
-
-
-class LayerOutput(NamedTuple):
-    hidden_BTD: Tensor
-    cached: tuple[Tensor, ...] | None
-    weights_BNTK: Tensor | None
-    cross_weights_BNTK: Tensor | None
-
-
-class Layer(nn.Module):
-    """Attention, cross-attention in a decoder, feed-forward network and adapter, each added to the residual stream
-    after dropout (XL too)."""
-
-    def __init__(self, model: ModelConfig, index: int, parts: Parts):
-        super().__init__()
-        layers, p = model.num_hidden_layers, model.hidden_dropout_prob
-
-        def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
-
-        self.pre_norm = layout(model).pre_norm
-        self.attention = Attention(model, parts)
-        self.mlp = MLP(model, parts)
-        self.attention_norm = norm()
-        self.mlp_norm = norm()
-        self.attention_dropout = parts.dropout(p, 2 * index + 1)
-        self.mlp_dropout = parts.dropout(p, 2 * index + 2)
-        # What not every family has is numbered after what all have.
-        if model.languages:
-            self.adapter_norm = norm() if model.adapter_layer_norm else None
-            self.adapters = Adapters(model, parts)
-            self.adapter_dropout = parts.dropout(p, 2 * layers + 1 + index)
-            self.reuse_norm, self.norm_first = model.adapter_reuse_layer_norm, model.ln_before_adapter
-        if model.add_cross_attention:
-            self.cross_attention = Attention(model, parts, cross=True)
-            self.cross_attention_norm = norm()
-            self.cross_attention_dropout = parts.dropout(p, 3 * layers + 1 + index)
-
-    def forward(self, hidden_BTD: Tensor, given: LayerInput) -> LayerOutput:
-        """One layer; `given` holds no tensor that needs a gradient but `states` (ZeRO-3 looks at `hidden` only)."""
-        past = given.past
-        attended = self.attention(
-            self.attention_norm(hidden_BTD) if self.pre_norm else hidden_BTD,
-            given.mask,
-            None,
-            None if past is None else past[:2],
-            given.use_cache,
-            given.head_mask_N,
-            given.output_attentions,
-        )
-        hidden_BTD = hidden_BTD + self.attention_dropout(attended.hidden_BTD)
-        if not self.pre_norm:
-            hidden_BTD = self.attention_norm(hidden_BTD)
-        cached, cross_weights_BNTK = attended.cached, None
-
-        if given.states_BKD is not None:
-            crossed = self.cross_attention(
-                self.cross_attention_norm(hidden_BTD) if self.pre_norm else hidden_BTD,
-                given.cross_mask,
-                given.states_BKD,
-                past[2:] if past is not None and len(past) == 4 else None,
-                given.use_cache,
-                given.head_mask_N,
-                given.output_attentions,
-            )
-            hidden_BTD = hidden_BTD + self.cross_attention_dropout(crossed.hidden_BTD)
-            if not self.pre_norm:
-                hidden_BTD = self.cross_attention_norm(hidden_BTD)
-            cached = None if cached is None else (*cached, *crossed.cached)
-            cross_weights_BNTK = crossed.weights_BNTK
-
-        mlp_BTD = self.mlp(self.mlp_norm(hidden_BTD) if self.pre_norm else hidden_BTD)
-        hidden_BTD = hidden_BTD + self.mlp_dropout(mlp_BTD)
-        if given.routing is not None:
-            hidden_BTD = self._adapt(hidden_BTD, given.routing)
-        if not self.pre_norm:
-            hidden_BTD = self.mlp_norm(hidden_BTD)
-        return LayerOutput(hidden_BTD, cached, attended.weights_BNTK, cross_weights_BNTK)
-
-    def _adapt(self, hidden_BTD: Tensor, routing: Routing) -> Tensor:
-        """The adapter and its residual; the norm before it is the adapters' own, the feed-forward network's, or none.
-
-        In xmod-base the feed-forward network's LayerNorm runs here and once more after it: so it was trained.
-        """
-        residual_BTD = hidden_BTD
-        if self.adapter_norm is not None:
-            hidden_BTD = self.adapter_norm(hidden_BTD)
-        elif self.reuse_norm:
-            hidden_BTD = self.mlp_norm(hidden_BTD)
-        if self.norm_first:
-            residual_BTD = hidden_BTD
-        adapted_BTD: Tensor = self.adapter_dropout(self.adapters(hidden_BTD, routing))
-        return adapted_BTD + residual_BTD
-
-
 class Encoder(nn.Module):
     """Token ids to hidden states."""
 
@@ -219,6 +105,7 @@ class Encoder(nn.Module):
         self.config = model
         self.embeddings = Embeddings(model, parts)
         self.layers = nn.ModuleList(Layer(model, index, parts) for index in range(model.num_hidden_layers))
+        self.whole_tokens, self.recomputed = parts.whole_tokens, parts.recomputed
         final_norm = layout(model).final_norm
         self.final_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps) if final_norm else None
 
@@ -271,21 +158,27 @@ class Encoder(nn.Module):
 
         hidden_BTD = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids, past)
         states, caches, weights, cross_weights = [hidden_BTD], [], [], []
+        # A layer that is computed again gives nothing but hidden states.
+        cached = use_cache or past_key_values is not None
+        may_recompute = self.training and torch.is_grad_enabled() and not (cached or output_attentions)
         for index, layer in enumerate(self.layers):
-            output = layer(
-                hidden_BTD,
-                layer_input._replace(
-                    past=None if past_key_values is None else past_key_values[index],
-                    head_mask_N=None if head_mask is None else self._head_mask(head_mask, index),
-                ),
+            given_here = layer_input._replace(
+                past=None if past_key_values is None else past_key_values[index],
+                head_mask_N=None if head_mask is None else self._head_mask(head_mask, index),
             )
+            again = may_recompute and hidden_BTD.requires_grad and self.recomputed(index)
+            run: Callable[..., Any] = partial(recomputed, layer) if again else layer
+            output = run(hidden_BTD, given_here)
             hidden_BTD = output.hidden_BTD
-            states = [*states, hidden_BTD] if output_hidden_states else [hidden_BTD]
+            states = [*states, hidden_BTD] if output_hidden_states else []
             caches.append(output.cached)
             weights.append(output.weights_BNTK)
             cross_weights.append(output.cross_weights_BNTK)
         if self.final_norm is not None:
-            hidden_BTD = states[-1] = self.final_norm(hidden_BTD)
+            hidden_BTD = self.final_norm(hidden_BTD)
+        hidden_BTD = self.whole_tokens(hidden_BTD)
+        if output_hidden_states:
+            states = [*map(self.whole_tokens, states[:-1]), hidden_BTD]
         crossed = output_attentions and encoder_hidden_states is not None
         return EncoderOutput(
             hidden_BTD,

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.data.masking import IGNORE
 from xlscale.models.bare import Model, OnEncoder
 from xlscale.models.classification import (

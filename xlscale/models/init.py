@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 
 BLOCK = 1 << 16
 """Normals drawn under one key; part of the format: another value gives other weights."""

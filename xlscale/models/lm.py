@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlscale.config import ModelConfig
+from xlscale.config_sections import ModelConfig
 from xlscale.data.masking import IGNORE
 from xlscale.models.bare import OnEncoder
 from xlscale.models.outputs import CausalLMOutput

@@ -6,6 +6,7 @@ Legend: M masked positions, D hidden, V vocabulary (of this rank, where the proj
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,19 +60,33 @@ class Parts:
     """The module classes that parallelism replaces; the defaults are the plain ones of one process."""
 
     column: Callable[[int, int], nn.Module] = nn.Linear
-    """(in, out): a linear layer whose outputs may be split over tensor-parallel ranks."""
+    """(in, out): a linear layer whose outputs may be split over tensor-parallel ranks; it reads what into_columns or
+    into_split gives."""
     row: Callable[[int, int], nn.Module] = nn.Linear
-    """(in, out): a linear layer whose inputs may be split; its output is whole on every rank."""
+    """(in, out): a linear layer whose inputs may be split; its output joins the residual stream."""
     vocab_embedding: Callable[[int, int, int], nn.Module] = nn.Embedding
-    """(rows, hidden, padding row): an embedding whose rows may be split; it has an attribute `weight`."""
+    """(rows, hidden, padding row): an embedding whose rows may be split; it has an attribute `weight`. It reads the
+    ids of all tokens and gives vectors of those that this rank's residual stream holds."""
     vocab_projection: Callable[[int], VocabProjection] = VocabProjection
     """(rows): the decoder, whose `weight` the model sets to the embedding's."""
     dropout: Callable[[float, int], nn.Module] = lambda p, site: nn.Dropout(p)
-    """(p, site): dropout of what is whole on every rank; `site` numbers the places of the model from 0, so
-    that the noise can be keyed by place and be the same on every tensor-parallel rank."""
+    """(p, site): dropout with noise keyed by place. `site` numbers the places of the residual stream from 0 upwards;
+    those below 0 are a head's, whose activations are whole on every rank."""
+    seed_attention: Callable[[int], None] = lambda site: None
+    """(site): called right before attention weights are dropped, whose noise comes from torch's own generator, as
+    fused kernels take it from there. Each rank drops weights of its own heads; site numbers the attentions."""
+    into_columns: Callable[[Tensor], Any] = lambda x: x
+    """What the residual stream goes through, once, before the column layers that read it; what it gives is for
+    them alone. Forward all tokens, backward the sum of the ranks' gradients."""
     into_split: Callable[[Tensor], Tensor] = lambda x: x
-    """What a tensor that is whole on every rank goes through before each rank uses it for its own heads: forward
-    nothing, backward the sum of the ranks' gradients. Column-parallel layers do it for their own input."""
+    """The same for what is whole on every rank whatever happens to the residual stream, such as another encoder's
+    states: forward nothing, backward the sum of the ranks' gradients."""
+    cut_tokens: Callable[[Tensor], Tensor] = lambda x: x
+    """From [B, T, ...], whole on every rank, to the tokens that this rank's residual stream holds."""
+    whole_tokens: Callable[[Tensor], Tensor] = lambda x: x
+    """The way back, for the heads, which compute the same on every rank."""
+    recomputed: Callable[[int], bool] = lambda index: False
+    """Whether layer `index` keeps only its input for the backward pass, which then computes the layer again."""
 
 
 PLAIN = Parts()

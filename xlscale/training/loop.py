@@ -4,25 +4,35 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from xlscale.checkpoint.consolidate import export_checkpoint
-from xlscale.checkpoint.init_from import folder_rows
 from xlscale.checkpoint.store import Checkpoint, newest, save, versions
-from xlscale.config import Config, ConfigError, check_topology, to_toml
-from xlscale.data.stream import Stream, open_stream
-from xlscale.models.init import initial_rows
+from xlscale.config import ConfigError, check_topology, to_toml
+from xlscale.config_sections import Config
+from xlscale.data.stream import Stream
+from xlscale.parallel.drift import drifted
+from xlscale.parallel.self_check import self_check
+from xlscale.parallel.sharded import ShardedModel
 from xlscale.parallel.topology import Topology, process_groups, raise_together, world_size_from_environment
-from xlscale.parallel.zero import Rows, ShardedModel, build
+from xlscale.parallel.zero import build
 from xlscale.training.console import Console
+from xlscale.training.faulty_update import report_skip
 from xlscale.training.metrics import MetricsLog, log_line
 from xlscale.training.optimizer import adamw
+from xlscale.training.start import (
+    changes_since,
+    check_fits,
+    load_weights,
+    open_stream_together,
+    resume_faults,
+    threads_per_process,
+)
 from xlscale.training.update import run_update
 
 log = logging.getLogger(__name__)
@@ -36,7 +46,7 @@ def train(config: Config) -> None:
     problems = check_topology(config, world_size_from_environment())
     if problems:
         raise ConfigError(problems)
-    torch.set_num_threads(config.training.threads or _threads_per_process())
+    torch.set_num_threads(config.training.threads or threads_per_process())
     with process_groups(config.parallel.tensor_parallel) as topology:
         console = Console(config.run_dir, topology.is_main)
         with console, _alone(config.run_dir, topology):
@@ -62,44 +72,40 @@ def _alone(run_dir: Path, topology: Topology) -> Iterator[None]:
 
 
 def _train(config: Config, topology: Topology, console: Console) -> None:
-    training = config.training
-    stream = _open_stream(config, topology, console)
-    checkpoint = newest(config.run_dir / "checkpoints", topology)
+    training, checkpoints = config.training, config.run_dir / "checkpoints"
+    stream = open_stream_together(config, topology, console)
+    checkpoint = newest(checkpoints, topology)
     if checkpoint is not None:
-        _check_fits(checkpoint, config, stream)
+        check_fits(checkpoint, config, stream)
+    faults = resume_faults(config, checkpoint)
+    if config.parallel.self_check:
+        self_check(config, topology, adamw)
     sharded = build(config, topology, adamw)
-    step = _resume(sharded, checkpoint, config)
+    step = load_weights(sharded, checkpoint, config)
     metrics = _start_metrics(config, sharded, stream, checkpoint, step)
 
     last = min(training.stop_after or training.total_steps, training.total_steps)
-    skipped_in_a_row = skipped = 0
     with console.progress(step, training.total_steps) as advance:
         while step < last:
-            record = run_update(sharded, stream, config, step)
-            step += 1
-            skipped_in_a_row = skipped_in_a_row + 1 if record.pop("skipped") else 0
-            skipped += skipped_in_a_row > 0
-            record["skipped_updates"] = skipped
+            update = run_update(sharded, stream, config, faults, step)
+            record, step = update.record, step + 1
             metrics.update(record)
-            if skipped_in_a_row:
-                first, end = record["slot"] - training.global_batch_size, record["slot"]
-                log.warning("update %d skipped: its gradient is not finite (slots %d to %d)", step, first, end - 1)
-                metrics.event("skip", step, slot=first)
+            if update.fault:
+                report_skip(update, stream, config, topology, metrics)
             if step % config.logging.every == 0 or step == last:
                 log.info("%s", log_line(record))
             advance(record)
-            give_up = skipped_in_a_row >= training.max_skipped_updates
-            if step == last or give_up or _due(step, config.checkpoint.every) or _due(step, config.export.every):
-                slot = record["slot"]
-                folder = save(config.run_dir / "checkpoints", sharded, config, step, slot, stream.state_dict(slot))
+            give_up = faults.spent(step) if update.fault else ""
+            saving = step == last or give_up or _due(step, config.checkpoint.every) or _due(step, config.export.every)
+            if saving or _due(step, config.parallel.drift_check_every):
+                _stop_if_drifted(sharded, config, metrics, step)
+            if saving:
+                states = {"stream": stream.state_dict(record["slot"]), "faults": faults.state_dict()}
+                folder = save(checkpoints, sharded, config, step, record["slot"], states)
                 metrics.event("checkpoint", step, folder=str(folder))
             if give_up:
-                raise ConfigError(
-                    [
-                        f"stopped after update {step}: {skipped_in_a_row} updates in a row had a gradient that is not "
-                        f"finite; lower optimizer.learning_rate, or raise training.max_skipped_updates"
-                    ]
-                )
+                way = "raise it, or lower optimizer.learning_rate; `xlscale replay` shows what was wrong with a batch"
+                _stop(metrics, step, f"{give_up}; {way}")
             if _due(step, config.export.every):
                 _export(config, topology, metrics, step)
     if not (config.run_dir / "hub" / f"step-{step:08d}").exists():
@@ -107,6 +113,22 @@ def _train(config: Config, topology: Topology, console: Console) -> None:
     metrics.event("stop", step)
     metrics.close()
     sharded.engine.destroy()
+
+
+def _stop_if_drifted(sharded: ShardedModel, config: Config, metrics: MetricsLog, step: int) -> None:
+    """End the run when parameters that all tensor-parallel ranks hold alike differ; such weights are never saved."""
+    if names := drifted(sharded):
+        rule = "must be alike on all tensor-parallel ranks and is not any more"
+        way = f"start it again, it goes on from the newest of {config.run_dir / 'checkpoints'}, and report it"
+        _stop(metrics, step, f"{', '.join(names)} {rule}; {way}")
+
+
+def _stop(metrics: MetricsLog, step: int, problem: str) -> NoReturn:
+    """End the run after update `step`, on all ranks alike."""
+    line = f"stopped after update {step}: {problem}"
+    metrics.event("stop", step, reason=problem)
+    metrics.close()
+    raise ConfigError([line])
 
 
 def _start_metrics(
@@ -118,7 +140,7 @@ def _start_metrics(
         (config.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
         (config.run_dir / "deepspeed.json").write_text(json.dumps(sharded.deepspeed_config, indent=1), encoding="utf-8")
     metrics = MetricsLog(config.run_dir, config, step, topology.is_main)
-    changed = _changes_since(checkpoint, config) if checkpoint else []
+    changed = changes_since(checkpoint, config) if checkpoint else []
     metrics.event(
         "resume" if checkpoint else "start",
         step,
@@ -143,89 +165,6 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open_stream(config: Config, topology: Topology, console: Console) -> Stream:
-    """The stream over the token shards, which the main process derives first where they are not there yet."""
-    problems: list[str] = []
-    stream: Stream | None = None
-    if topology.is_main:
-        try:
-            stream = open_stream(config, console.step("tokenising"))
-            _check_vocabulary(stream, config)
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-    raise_together(problems)
-    return open_stream(config) if stream is None else stream
-
-
-def _check_vocabulary(stream: Stream, config: Config) -> None:
-    """Refuse a model with fewer rows than the tokenizer has ids."""
-    if stream.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size} is less than the {stream.vocab_size} ids of the tokenizer "
-            f"{config.data.tokenizer}; set it to {stream.vocab_size} or more"
-        )
-
-
-def _check_fits(checkpoint: Checkpoint, config: Config, stream: Stream) -> None:
-    """Refuse to go on from a checkpoint of another model, stream or batch."""
-    slot = config.training.global_batch_size * checkpoint.step
-    if checkpoint.manifest["slot"] != slot:
-        raise ValueError(
-            f"{checkpoint.folder} stands at slot {checkpoint.manifest['slot']}, but {checkpoint.step} updates of "
-            f"training.global_batch_size={config.training.global_batch_size} end at {slot}; keep a run's batch size"
-        )
-    stream.check_state(checkpoint.stream_state())
-
-
-def _changes_since(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """What the config says otherwise than when the checkpoint was written; allowed, but never silent."""
-    before, now = (tomllib.loads(text) for text in ((checkpoint.folder / "config.toml").read_text(), to_toml(config)))
-    return [
-        f"{section}.{key} was {before.get(section, {}).get(key)!r} and is {value!r}"
-        for section, values in now.items()
-        for key, value in values.items()
-        if before.get(section, {}).get(key) != value
-    ]
-
-
-def _resume(sharded: ShardedModel, checkpoint: Checkpoint | None, config: Config) -> int:
-    """Fill the model from the checkpoint, or with its first weights; returns the updates already done."""
-    shapes = sharded.full_shapes()
-    if checkpoint is None:
-        _load_first_weights(sharded, config)
-        return 0
-    saved = {name: tuple(entry["shape"]) for name, entry in checkpoint.manifest["parameters"].items()}
-    wrong = [name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name)]
-    if wrong:
-        name = min(wrong)
-        raise ValueError(
-            f"{checkpoint.folder} is of another model: {name} is {saved.get(name)} there and {shapes.get(name)} by "
-            f"[model]; restore [model], or set another run.name ({len(wrong)} parameters differ)"
-        )
-    sharded.load(checkpoint.rows, checkpoint.manifest["optimizer_steps"])
-    return checkpoint.step
-
-
-def _load_first_weights(sharded: ShardedModel, config: Config) -> None:
-    """Fill the model from the Hub folder training.init_from, or from the seed."""
-    model, seed = config.model, config.training.seed
-    shapes = sharded.full_shapes()
-    if not config.training.init_from:
-        sharded.load(lambda kind, name, start, stop: initial_rows(name, shapes[name], model, seed, start, stop))
-        return
-    problems: list[str] = []
-    rows: Rows | None = None
-    try:
-        rows = folder_rows(config, problems)
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-    raise_together(problems)
-    assert rows is not None
-    sharded.load(rows)
-    raise_together(problems)  # what only the rank that read it knows
-    log.info("first weights read from %s", config.training.init_from)
-
-
 def _export(config: Config, topology: Topology, metrics: MetricsLog, step: int) -> None:
     """The Hub folder of the checkpoint just saved, by the main process while the others wait."""
     name = f"step-{step:08d}"
@@ -239,8 +178,3 @@ def _export(config: Config, topology: Topology, metrics: MetricsLog, step: int) 
         except (ValueError, OSError) as error:
             problems.append(str(error))
     raise_together(problems)
-
-
-def _threads_per_process() -> int:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, (os.cpu_count() or 1) // local)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from xlscale.config import Config
+from xlscale.config_sections import Config
 
 log = logging.getLogger(__name__)
 

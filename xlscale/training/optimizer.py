@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xlscale.config import OptimizerConfig
+from xlscale.config_sections import OptimizerConfig
 
 DECAY, NO_DECAY = "decay", "no_decay"
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from xlscale.config import ScheduleConfig
+from xlscale.config_sections import ScheduleConfig
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda p: 1.0 - p,

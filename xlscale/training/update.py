@@ -1,99 +1,173 @@
-"""One update: its micro-steps, forward and backward, the optimizer, and what is to be known about it afterwards."""
+"""One update: its micro-steps, forward and backward, the optimizer, and what is to be known about it afterwards.
+
+L languages, C columns of sums, B rows of a micro-batch, M masked positions
+"""
 
 import math
 import resource
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from xlscale.config import Config
+from xlscale.config_sections import Config
 from xlscale.data.masking import IGNORE
 from xlscale.data.sampling import micro_batch_slots
 from xlscale.data.stream import Batch, Stream
-from xlscale.models.dropout import key_of
-from xlscale.parallel.zero import ShardedModel, accumulation_steps
+from xlscale.parallel.engine_config import accumulation_steps
+from xlscale.parallel.sharded import ShardedModel
+from xlscale.parallel.topology import Topology
+from xlscale.training.faults import Faults
 from xlscale.training.schedule import lr_at
 
 LOSS, MASKED, CORRECT, TOKENS = range(4)
 """Columns of the sums that are kept per language."""
 
 
-def run_update(sharded: ShardedModel, stream: Stream, config: Config, step: int) -> dict[str, Any]:
-    """Do update `step` (0-based) on this rank's slots and return its metrics, the same on all ranks.
+@dataclass(frozen=True)
+class Passed:
+    """What forward and backward over an update's micro-batches gave."""
+
+    sums_LC: torch.Tensor
+    """Per language the columns above, over all ranks."""
+    loss: torch.Tensor
+    """Mean over the update's masked tokens, fp64, the same to the bit on all ranks; 0 when nothing was masked."""
+    micro_losses: list[torch.Tensor]
+    """The same of each of this rank's micro-batches, fp32."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update that was done, or skipped."""
+
+    record: dict[str, Any]
+    """Its metrics, the same on all ranks."""
+    fault: str
+    """Why it was skipped; empty when it was applied."""
+    batches: list[Batch]
+    """This rank's micro-batches."""
+
+
+def run_update(sharded: ShardedModel, stream: Stream, config: Config, faults: Faults, step: int) -> Update:
+    """Do update `step` (0-based) on this rank's slots; `faults` says whether it may be applied, and takes note of it.
 
     The loss is the sum over the update's masked tokens divided by their number over all ranks and micro-steps, so the
     gradient does not depend on accumulation or data-parallel size.
     """
     topology, engine, training = sharded.topology, sharded.engine, config.training
     started = time.perf_counter()
-    micro_steps = accumulation_steps(config, topology)
-    batches = [
-        stream.batch(
-            micro_batch_slots(
-                step, i, topology.dp_rank, topology.dp, training.micro_batch_size, training.global_batch_size
-            )
-        )
-        for i in range(micro_steps)
-    ]
-    sums = torch.zeros(len(stream.languages), 4, dtype=torch.float64)
-    for batch in batches:
-        _count(sums, batch)
-    masked = sums[:, MASKED].sum()
-    dist.all_reduce(masked := masked.to(topology.device), group=topology.dp_group)
+    batches = [stream.batch(slots) for slots in my_slots(config, topology, step)]
     data_seconds = time.perf_counter() - started
 
     learning_rate = lr_at(step, config.optimizer.learning_rate, config.schedule, training.total_steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    sums = sums.to(topology.device)
-    skipped_before = engine.skipped_steps
-    # DeepSpeed averages over the data-parallel ranks; what is wanted is the sum over the update's own count.
-    scale = topology.dp / max(float(masked), 1.0)
-    for batch in batches:
-        first_slot = int(batch.slots[0])
-        sharded.dropout_key.set(training.seed, first_slot)
-        # Attention's own dropout draws from torch's state: each tensor-parallel rank its own, for its own heads.
-        torch.manual_seed(key_of(training.seed, "attention", first_slot, topology.tp_rank))
-        ids, labels, mask, languages = (_on(topology.device, a) for a in _arrays(batch))
-        output = engine(ids, labels, mask)
-        engine.backward(output.losses_M.sum() * scale, scale_wrt_gas=False)
-        engine.step()
-        rows = languages[output.rows_M]
-        sums[:, LOSS].index_add_(0, rows, output.losses_M.detach().double())
-        sums[:, CORRECT].index_add_(0, rows, output.correct_M.double())
-    dist.all_reduce(sums, group=topology.dp_group)
+    skipped_before = sharded.skipped_updates
+    passed = forward_and_backward(sharded, batches, len(stream.languages), training.seed, faults.limit)
+    engine.step()
 
-    per_language = sums.cpu().numpy()
+    per_language = passed.sums_LC.cpu().numpy()
+    total = per_language.sum(0)
+    loss, grad_norm = float(passed.loss), sharded.grad_norm
+    fault = faults.reason(loss, grad_norm)
+    skipped = sharded.skipped_updates > skipped_before
+    assert skipped == bool(fault), f"update {step + 1}: the engine's skipped={skipped}, but fault={fault!r}"
+    faults.note(step + 1, loss if total[MASKED] else None, fault)
     seconds = time.perf_counter() - started
-    tokens = int(per_language[:, TOKENS].sum())
-    return {
+    record = {
         "step": step + 1,
         "slot": (step + 1) * training.global_batch_size,
         "time": time.time(),
-        "loss": _mean(per_language.sum(0), LOSS),
-        "grad_norm": _finite(float(engine.get_global_grad_norm())),
+        "loss": _finite(loss) if total[MASKED] else None,
+        "grad_norm": _finite(grad_norm),
         "learning_rate": learning_rate,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "masked_tokens": int(per_language[:, MASKED].sum()),
-        "masked_accuracy": _mean(per_language.sum(0), CORRECT),
+        "tokens": int(total[TOKENS]),
+        "tokens_per_second": int(total[TOKENS]) / seconds,
+        "masked_tokens": int(total[MASKED]),
+        "masked_accuracy": _mean(total, CORRECT),
         "loss_per_language": {
             code: _mean(row, LOSS) for code, row in zip(stream.languages, per_language, strict=True) if row[MASKED]
         },
         "tokens_per_language": {
             code: int(row[TOKENS]) for code, row in zip(stream.languages, per_language, strict=True) if row[TOKENS]
         },
-        "skipped": engine.skipped_steps > skipped_before,
+        "skipped_updates": len(faults.skipped),
         "step_seconds": seconds,
         "data_seconds": data_seconds,
         "memory_gib": _peak_memory() / 2**30,
         "dp": topology.dp,
         "tp": topology.tp,
-        "accumulation": micro_steps,
+        "accumulation": len(batches),
     }
+    return Update(record, fault, batches)
+
+
+def my_slots(config: Config, topology: Topology, step: int) -> list[np.ndarray]:
+    """The slots of each of this rank's micro-batches of update `step` (0-based)."""
+    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
+    return [
+        micro_batch_slots(step, i, topology.dp_rank, topology.dp, micro, whole)
+        for i in range(accumulation_steps(config, topology))
+    ]
+
+
+def forward_and_backward(
+    sharded: ShardedModel, batches: list[Batch], languages: int, seed: int, limit: float | None
+) -> Passed:
+    """Forward and backward over this rank's micro-batches of one update; engine.step() would end it.
+
+    A loss that is not finite, or is above `limit`, makes the gradient NaN on all ranks, and the engine then skips.
+    That is decided on the device, between the last forward and its backward. limit None: the gradient is left as it is.
+    """
+    topology, engine = sharded.topology, sharded.engine
+    sums_LC = torch.zeros(languages, 4, dtype=torch.float64)
+    for batch in batches:
+        _count(sums_LC, batch)
+    masked = sums_LC[:, MASKED].sum().to(topology.device)
+    dist.all_reduce(masked, group=topology.dp_group)
+    sums_LC = sums_LC.to(topology.device)
+    # DeepSpeed averages over the data-parallel ranks; what is wanted is the sum over the update's own count.
+    scale = topology.dp / max(float(masked), 1.0)
+    micro_losses = []
+    for number, batch in enumerate(batches):
+        if number:
+            engine.step()  # inside an update it only counts the micro-step
+        sharded.dropout_key.set(seed, int(batch.slots[0]))
+        ids, labels, mask, language_B = (_on(topology.device, a) for a in _arrays(batch))
+        output = engine(ids, labels, mask)
+        losses_M = output.losses_M.detach()
+        language_M = language_B[output.rows_M]
+        sums_LC[:, LOSS].index_add_(0, language_M, losses_M.double())
+        sums_LC[:, CORRECT].index_add_(0, language_M, output.correct_M.double())
+        micro_losses.append(losses_M.sum() / max(len(losses_M), 1))
+        verdict: Any = None
+        if number == len(batches) - 1:
+            # Over the world and not dp: tensor-parallel ranks must not come to two verdicts for a last bit.
+            dist.all_reduce(sums_LC)
+            sums_LC /= topology.tp
+            loss = sums_LC[:, LOSS].sum() / sums_LC[:, MASKED].sum().clamp(min=1.0)
+            if limit is not None:
+                verdict = _condemn(sharded, loss.isfinite() & (loss <= limit))
+        engine.backward(output.losses_M.sum() * scale, scale_wrt_gas=False)
+        if verdict is not None:
+            verdict.remove()
+    return Passed(sums_LC, loss, micro_losses)
+
+
+def _condemn(sharded: ShardedModel, good: torch.Tensor) -> Any:
+    """Make the coming backward's gradient NaN unless `good` (0-d, on the device); gives the hook, to be removed.
+
+    The gradient of one parameter, the smallest, is multiplied by 1 or NaN. Multiplying the loss would do nothing where
+    the last micro-batch has no masked token: its loss is a sum of nothing, and hands no gradient on.
+    """
+    shapes = sharded.full_shapes()
+    trained = {name: parameter for name, parameter in sharded.named_parameters() if parameter.requires_grad}
+    smallest = min(trained, key=lambda name: math.prod(shapes[name]))
+    factor = torch.where(good, 1.0, math.nan)
+    return trained[smallest].register_hook(lambda gradient: gradient * factor.to(gradient.dtype))
 
 
 def _count(sums: torch.Tensor, batch: Batch) -> None:

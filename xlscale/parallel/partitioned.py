@@ -1,0 +1,95 @@
+"""ZeRO stage 3: no rank holds a whole parameter; every one is a flat partition, the optimizer's state with it."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_grad,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from fairscale.nn.model_parallel import initialize as mpu
+
+from xlscale.parallel.offload import swapped_in
+from xlscale.parallel.sharded import FP32, ShardedModel
+from xlscale.parallel.topology import Topology
+
+
+class PartitionedModel(ShardedModel):
+    """A model under ZeRO-3."""
+
+    @classmethod
+    def construction(cls, topology: Topology, engine_config: dict[str, Any]) -> AbstractContextManager[Any]:
+        # zero.Init takes no group from the mpu: without data_parallel_group tensor-parallel ranks share slices.
+        context: AbstractContextManager[Any] = deepspeed.zero.Init(
+            data_parallel_group=topology.dp_group,
+            config_dict_or_path=engine_config,
+            mpu=mpu,
+            remote_device=topology.device.type,
+        )
+        return context
+
+    def held_shape(self, parameter: Any) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)
+
+    def partition(self, parameter: Any) -> tuple[int, int]:
+        size, numel = parameter.ds_tensor.numel(), torch.Size(self.slices[parameter]).numel()
+        start = self.topology.dp_rank * size
+        return min(start, numel), min(start + size, numel)
+
+    def read(self, parameter: Any, kind: str) -> torch.Tensor:
+        start, stop = self.partition(parameter)
+        if kind == FP32:
+            local = safe_get_local_fp32_param(parameter)
+        elif self.engine.optimizer.optimizer.state:
+            local = safe_get_local_optimizer_state(parameter, kind)
+        else:
+            local = torch.zeros(stop - start)
+        # On a GPU it is a copy there, of what was offloaded for want of room; from a disk, a buffer that is used again.
+        return local[: stop - start].to("cpu", copy=self.engine.optimizer.swap_optimizer)
+
+    def write(self, parameter: Any, kind: str, values: torch.Tensor) -> None:
+        working: torch.Tensor = parameter.ds_tensor
+        padded = torch.zeros(working.numel())
+        padded[: values.numel()] = values
+        if kind == FP32:
+            safe_set_local_fp32_param(parameter, padded)
+            working.copy_(padded)  # the engine leaves it as it was
+        else:
+            safe_set_local_optimizer_state(parameter, padded, kind)
+
+    def gradient(self, parameter: Any) -> torch.Tensor | None:
+        whole: torch.Tensor | None = safe_get_full_grad(parameter)
+        return whole
+
+    def counted_gradient(self, parameter: Any) -> torch.Tensor | None:
+        if self.engine.optimizer.offload_optimizer:
+            return self.offloaded_norm(parameter)
+        local = safe_get_local_grad(parameter)
+        start, stop = self.partition(parameter)
+        return None if local is None else local[: stop - start]  # what is past the end the engine never clears
+
+    def optimized_tensors(self) -> list[torch.Tensor]:
+        return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Parameters below a threshold stay gathered between steps; what is written to a partition would not show."""
+        small = self.engine.optimizer.persistent_parameters
+        if small:
+            small[0].partition(small)
+        yield
+        if small:
+            small[0].all_gather(small)
+
+    def make_optimizer_state(self, steps: int) -> None:
+        for group, tensor in enumerate(self.optimized_tensors()):
+            with swapped_in(self.engine.optimizer, group):
+                self.make_state_of(tensor, steps)

@@ -1,0 +1,209 @@
+"""A model under the engine, whatever it spreads over the data-parallel ranks: what the rest of xlscale sees of it.
+
+A slice is what one tensor-parallel rank has of a parameter; a partition is one data-parallel rank's flat range of it.
+Rows that only fill up a split vocabulary are in neither: they are zero, and nobody outside sees them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from xlscale.config_sections import Config
+from xlscale.models.dropout import DropoutKey
+from xlscale.parallel.tensor_parallel import full_shape, split_dim
+from xlscale.parallel.topology import Topology
+
+FP32 = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (FP32, *MOMENTS)
+"""What a partition holds of each parameter: the fp32 weight and AdamW's two moments."""
+
+Rows = Callable[[str, str, int, int], torch.Tensor]
+"""(kind, name, start, stop) -> those rows, along dimension 0, of the full tensor: where state comes from."""
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+"""(named parameters, OptimizerConfig) -> the optimizer of those parameters."""
+
+
+def share(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Start and stop of one rank's share of `size` rows: equal shares rounded up, so that the last may be short."""
+    each = -(-size // ranks)
+    return min(rank * each, size), min((rank + 1) * each, size)
+
+
+@dataclass(frozen=True)
+class ShardedModel(ABC):
+    """A model under the engine. What is said to be collective must be called by all ranks in the same order."""
+
+    engine: Any
+    topology: Topology
+    dropout_key: DropoutKey
+    deepspeed_config: dict[str, Any]
+
+    @classmethod
+    def construction(cls, topology: Topology, engine_config: dict[str, Any]) -> AbstractContextManager[Any]:
+        """What the model has to be built within."""
+        return nullcontext()
+
+    @classmethod
+    def optimizer(cls, model: nn.Module, make: MakeOptimizer, config: Config, topology: Topology) -> Any:
+        """What the engine is given as its optimizer."""
+        return make(model.named_parameters(), config.optimizer)
+
+    @abstractmethod
+    def held_shape(self, parameter: Any) -> tuple[int, ...]:
+        """Shape of this rank's slice in memory, the rows that fill up a vocabulary included."""
+
+    @abstractmethod
+    def partition(self, parameter: Any) -> tuple[int, int]:
+        """Start and stop of this rank's partition in the flat slice; empty past its end."""
+
+    @abstractmethod
+    def read(self, parameter: Any, kind: str) -> torch.Tensor:
+        """This rank's partition, flat fp32 on the CPU; moments are zero before the first update.
+
+        Collective below stage 3.
+        """
+
+    @abstractmethod
+    def write(self, parameter: Any, kind: str, values: torch.Tensor) -> None:
+        """Set this rank's partition; the weight also in the precision of the forward pass. Collective below stage 3."""
+
+    @abstractmethod
+    def gradient(self, parameter: Any) -> torch.Tensor | None:
+        """Gradient of this rank's slice as it is in memory, fp32, as the next update will use it before clipping.
+
+        Between the last backward of an update and engine.step(); None for a frozen parameter. Collective.
+        """
+
+    @abstractmethod
+    def counted_gradient(self, parameter: Any) -> torch.Tensor | None:
+        """What the engine's norm is made of, in its own memory: this rank's piece of the gradient, None for nothing.
+
+        Of an optimizer that is offloaded it is the piece's norm.
+        """
+
+    @abstractmethod
+    def optimized_tensors(self) -> list[torch.Tensor]:
+        """The fp32 tensors that AdamW updates on this rank, keys of its state."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Every parameter once, in one order on all ranks."""
+        yield from self.engine.module.named_parameters()
+
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every whole parameter by name."""
+        return dict(self._full_shapes)
+
+    @cached_property
+    def _full_shapes(self) -> dict[str, tuple[int, ...]]:
+        tp, vocab_size = self.topology.tp, self.engine.module.config.vocab_size
+        return {name: full_shape(self.held_shape(p), name, tp, vocab_size) for name, p in self.named_parameters()}
+
+    @cached_property
+    def slices(self) -> dict[Any, tuple[int, ...]]:
+        """Shape of this rank's slice of each parameter."""
+        found = {}
+        for name, parameter in self.named_parameters():
+            shape, dim = list(self._full_shapes[name]), split_dim(name)
+            if dim is not None:
+                start, stop = share(shape[dim], self.topology.tp_rank, self.topology.tp)
+                shape[dim] = stop - start
+            found[parameter] = tuple(shape)
+        return found
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm of the last update's whole gradient before clipping; not finite when the update was skipped."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates that were not applied since the engine was built, because their gradient was not finite."""
+        return int(self.engine.skipped_steps)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that AdamW has applied: its bias correction depends on it."""
+        states = list(self.engine.optimizer.optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
+
+    def offloaded_norm(self, parameter: Any) -> torch.Tensor | None:
+        """The norm of this rank's piece of the gradient, which the engine notes as it offloads the piece."""
+        norm: torch.Tensor | None = self.engine.optimizer.norm_for_param_grads.get(
+            self.engine.optimizer.get_param_id(parameter)
+        )
+        return norm
+
+    def load(self, rows: Rows, optimizer_steps: int = 0) -> None:
+        """Fill every partition from `rows`; the moments too when `optimizer_steps` > 0, on any topology. Collective."""
+        kinds = KINDS if optimizer_steps else (FP32,)
+        if optimizer_steps:
+            self.make_optimizer_state(optimizer_steps)
+        with self.writing():
+            for name, parameter in self.named_parameters():
+                for kind in kinds:
+                    self.write(parameter, kind, self.partition_of(rows, kind, name, parameter))
+
+    def partition_of(self, rows: Rows, kind: str, name: str, parameter: Any) -> torch.Tensor:
+        """This rank's partition cut out of the full tensor; reads only the rows that it touches."""
+        shape = self.slices[parameter]
+        width = prod(shape[1:])
+        start, stop = self.partition(parameter)
+        first, last = start // width, -(-stop // width)
+        dim = split_dim(name)
+        if dim == 0:
+            offset, _ = share(self._full_shapes[name][0], self.topology.tp_rank, self.topology.tp)
+            block = rows(kind, name, offset + first, offset + last)
+        else:
+            block = rows(kind, name, first, last)
+            if dim == 1:
+                block = block[:, shape[1] * self.topology.tp_rank : shape[1] * (self.topology.tp_rank + 1)]
+        return block.reshape(-1)[start - first * width : stop - first * width]
+
+    def make_optimizer_state(self, steps: int) -> None:
+        """AdamW makes its state in its first step; a resumed run needs it before that."""
+        for tensor in self.optimized_tensors():
+            self.make_state_of(tensor, steps)
+
+    def make_state_of(self, tensor: torch.Tensor, steps: int) -> None:
+        """AdamW's state of one tensor after `steps` updates, its moments to be filled."""
+        self.engine.optimizer.optimizer.state[tensor] = {
+            "step": torch.tensor(float(steps), device=tensor.device),
+            **{kind: torch.zeros_like(tensor) for kind in MOMENTS},
+        }
+
+    def writing(self) -> AbstractContextManager[None]:
+        """What write() has to be called within."""
+        return nullcontext()
+
+    def drop_gradients(self) -> None:
+        """Drop what the engine has left of a skipped update's gradients: nothing, where nothing else is said."""
+        return
+
+    def spread_faults(self) -> None:
+        """Let a value that is not finite in any rank's gradient be seen by all ranks' norms. Collective.
+
+        The engine takes the replicated parameters' gradients from tensor-parallel rank 0 only, and would apply what
+        another rank alone has.
+        """
+        if self.topology.tp == 1:
+            return
+        parameters = [p for _, p in self.named_parameters()]
+        replicated = [p for p in parameters if not p.tensor_model_parallel] if self.topology.tp_rank else []
+        uncounted = [g for g in map(self.counted_gradient, replicated) if g is not None]
+        faults = torch.tensor([float(not all(g.isfinite().all() for g in uncounted))], device=self.topology.device)
+        dist.all_reduce(faults, op=dist.ReduceOp.MAX)
+        if faults.item():
+            for gradient in map(self.counted_gradient, parameters):
+                if gradient is not None and gradient.numel():
+                    gradient.view(-1)[0] = torch.nan
