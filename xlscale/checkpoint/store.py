@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from xlscale.config import to_toml
 from xlscale.config_sections import Config
 from xlscale.data.shards import fsync_path
-from xlscale.parallel.sharded import KINDS, ShardedModel
+from xlscale.parallel.sharded import KINDS, ShardedModel, share
 from xlscale.parallel.tensor_parallel import split_dim
 from xlscale.parallel.topology import Topology, raise_together
 
@@ -232,19 +232,12 @@ class Checkpoint:
         if dim is None:
             flat = self._flat(kind, name, 0, start * width, stop * width)
         elif dim == 0:
-            height = -(-shape[0] // tp)  # the last rows of a split vocabulary may be missing on the last ranks
-            flat = torch.cat(
-                [
-                    self._flat(
-                        kind,
-                        name,
-                        tp_rank,
-                        max(start - tp_rank * height, 0) * width,
-                        min(stop - tp_rank * height, height) * width,
-                    )
-                    for tp_rank in range(tp)
-                ]
-            )
+            parts = []
+            for tp_rank in range(tp):
+                low, high = share(shape[0], tp_rank, tp)
+                first, last = max(start, low) - low, min(stop, high) - low
+                parts.append(self._flat(kind, name, tp_rank, first * width, last * width))
+            flat = torch.cat(parts)
         else:
             narrow = width // tp
             blocks = [

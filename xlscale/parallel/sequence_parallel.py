@@ -6,6 +6,7 @@ tokens are not kept for the backward pass, which gathers them again (Korthikanti
 Legend: B batch, T tokens, t this rank's tokens, D hidden, O outputs (of this rank).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlscale.parallel.topology import Topology
+
+Exchange = Callable[[Tensor, Topology], Tensor]
 
 
 def _share(tokens: int, tp: int) -> int:
@@ -35,7 +38,8 @@ def _gather(local_BtD: Tensor, topology: Topology) -> Tensor:
 def _reduce_scatter(whole_BTD: Tensor, topology: Topology) -> Tensor:
     """This rank's tokens of the sum of all ranks' `whole` [B, t, D]."""
     B, T = whole_BTD.shape[:2]
-    parts = whole_BTD.view(B, topology.tp, _share(T, topology.tp), *whole_BTD.shape[2:]).transpose(0, 1).contiguous()
+    by_rank = whole_BTD.reshape(B, topology.tp, _share(T, topology.tp), *whole_BTD.shape[2:])
+    parts = by_rank.transpose(0, 1).contiguous()
     local_BtD = torch.empty_like(parts[0])
     dist.reduce_scatter_tensor(local_BtD, parts.flatten(0, 1), group=topology.tp_group)
     return local_BtD
@@ -43,66 +47,35 @@ def _reduce_scatter(whole_BTD: Tensor, topology: Topology) -> Tensor:
 
 def _cut(whole_BT: Tensor, topology: Topology) -> Tensor:
     tokens = _share(whole_BT.shape[1], topology.tp)
-    return whole_BT.narrow(1, topology.tp_rank * tokens, tokens)
+    return whole_BT.narrow(1, topology.tp_rank * tokens, tokens).contiguous()
 
 
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local_BtD: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        return _gather(local_BtD, topology)
+class _Exchange(torch.autograd.Function):
+    """One of the three exchanges above, and the one that its gradient goes through."""
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad_BTD.contiguous(), ctx.topology), None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole_BTD: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        return _reduce_scatter(whole_BTD.contiguous(), topology)
+    def forward(ctx: Any, x: Tensor, there: Exchange, back: Exchange, topology: Topology) -> Tensor:
+        ctx.back, ctx.topology = back, topology
+        return there(x, topology)
 
     @staticmethod
-    def backward(ctx: Any, grad_BtD: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad_BtD, ctx.topology), None
-
-
-class _Cut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole_BTD: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        return _cut(whole_BTD, topology).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad_BtD: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad_BtD, ctx.topology), None
-
-
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local_BtD: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        return _gather(local_BtD, topology)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None]:
-        return _cut(grad_BTD, ctx.topology).contiguous(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.topology), None, None, None
 
 
 def reduce_scatter_tokens(whole_BTD: Tensor, topology: Topology) -> Tensor:
     """From each rank's addend [B, T, D] to this rank's tokens of the sum; ValueError where tp does not divide T."""
-    return _Leave.apply(whole_BTD, topology)
+    return _Exchange.apply(whole_BTD, _reduce_scatter, _gather, topology)
 
 
 def cut_tokens(whole: Tensor, topology: Topology) -> Tensor:
     """This rank's tokens of [B, T, ...], the same on all ranks; ValueError where tp does not divide T."""
-    return _Cut.apply(whole, topology) if whole.is_floating_point() else _cut(whole, topology)
+    return _Exchange.apply(whole, _cut, _gather, topology) if whole.is_floating_point() else _cut(whole, topology)
 
 
 def whole_tokens(local_BtD: Tensor, topology: Topology) -> Tensor:
     """All tokens, for what every rank computes alike: the gradient is then whole, and each rank takes its tokens'."""
-    return _Whole.apply(local_BtD, topology)
+    return _Exchange.apply(local_BtD, _gather, _cut, topology)
 
 
 class _Again:
@@ -133,7 +106,9 @@ class Gathered(NamedTuple):
 
 def into_columns(local_BtD: Tensor, topology: Topology) -> Gathered:
     """All tokens, once for all columns that read them; backward, the sum of the ranks' gradients, scattered."""
-    return Gathered(_Enter.apply(local_BtD, topology), local_BtD.detach(), _Again(topology))
+    return Gathered(
+        _Exchange.apply(local_BtD, _gather, _reduce_scatter, topology), local_BtD.detach(), _Again(topology)
+    )
 
 
 class _Columns(torch.autograd.Function):

@@ -201,9 +201,11 @@ class ShardedModel(ABC):
         parameters = [p for _, p in self.named_parameters()]
         replicated = [p for p in parameters if not p.tensor_model_parallel] if self.topology.tp_rank else []
         uncounted = [g for g in map(self.counted_gradient, replicated) if g is not None]
-        faults = torch.tensor([float(not all(g.isfinite().all() for g in uncounted))], device=self.topology.device)
-        dist.all_reduce(faults, op=dist.ReduceOp.MAX)
-        if faults.item():
+        # On the device to the end: asking for each parameter's would wait for the GPU some hundred times.
+        found = [g.isfinite().all().logical_not().float().to(self.topology.device) for g in uncounted]
+        fault = torch.stack([torch.zeros((), device=self.topology.device), *found]).amax()
+        dist.all_reduce(fault, op=dist.ReduceOp.MAX)
+        if fault.item():
             for gradient in map(self.counted_gradient, parameters):
                 if gradient is not None and gradient.numel():
                     gradient.view(-1)[0] = torch.nan

@@ -11,6 +11,7 @@ from typing import Any
 from deepspeed.checkpoint import constants
 
 from xlscale.parallel.tensor_parallel import VOCABULARY, plan_class, split_dim
+from xlscale.parallel.vocabulary import rows_per_rank
 
 
 def universal_checkpoint_info(names: Iterable[str], vocab_size: int, tp: int) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def universal_checkpoint_info(names: Iterable[str], vocab_size: int, tp: int) ->
     return {
         constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         constants.ORIGINAL_VOCAB_SIZE: vocab_size,
-        constants.PADDED_VOCAB_SIZE: -(-vocab_size // tp) * tp,
+        constants.PADDED_VOCAB_SIZE: rows_per_rank(vocab_size, tp) * tp,
         constants.TP_REPLICATED_PARAMETER_PATTERNS: list(replicated),
         constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: list(row),
         constants.VOCABULARY_PARAMETER_PATTERNS: list(vocabulary),

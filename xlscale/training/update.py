@@ -160,11 +160,16 @@ def forward_and_backward(
 def _condemn(sharded: ShardedModel, good: torch.Tensor) -> Any:
     """Make the coming backward's gradient NaN unless `good` (0-d, on the device); gives the hook, to be removed.
 
-    The gradient of one parameter, the smallest, is multiplied by 1 or NaN. Multiplying the loss would do nothing where
-    the last micro-batch has no masked token: its loss is a sum of nothing, and hands no gradient on.
+    The gradient of one parameter, the smallest that every batch reaches, is multiplied by 1 or NaN. Multiplying the
+    loss would do nothing where the last micro-batch has no masked token: its loss is a sum of nothing, and hands no
+    gradient on.
     """
     shapes = sharded.full_shapes()
-    trained = {name: parameter for name, parameter in sharded.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter
+        for name, parameter in sharded.named_parameters()
+        if parameter.requires_grad and ".adapters." not in name  # those of absent languages get no gradient
+    }
     smallest = min(trained, key=lambda name: math.prod(shapes[name]))
     factor = torch.where(good, 1.0, math.nan)
     return trained[smallest].register_hook(lambda gradient: gradient * factor.to(gradient.dtype))
