@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data_pipelines.config import ReadConfig, RecipeError
 from data_pipelines.steps.corpora import kind_of, language_of_path
-from data_pipelines.steps.fetch import file_system, is_remote, read_remote
+from data_pipelines.steps.fetch import read_remote
+from xlscale.data.remote import Remote, is_url
 
 LISTINGS = (".paths", ".paths.gz")
 
@@ -40,19 +41,19 @@ def _matches(pattern: str, config: ReadConfig) -> Iterator[str]:
         if not path.endswith(LISTINGS):
             yield path
             continue
-        content = read_remote(path, config.attempts) if is_remote(path) else Path(path).read_bytes()
+        content = read_remote(path, config.attempts) if is_url(path) else Path(path).read_bytes()
         try:
             content = gzip.decompress(content) if path.endswith(".gz") else content
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: is no whole gzip file ({error}); fetch it anew") from None
         for line in content.decode("utf-8").split():
-            yield line if is_remote(line) else f"{config.listing_base.rstrip('/')}/{line.lstrip('/')}"
+            yield line if is_url(line) else f"{config.listing_base.rstrip('/')}/{line.lstrip('/')}"
 
 
 def _local_or_remote(pattern: str) -> Iterator[str]:
     """The files that a pattern names."""
-    if is_remote(pattern):
-        system, path = file_system(pattern)
+    if is_url(pattern):
+        system, path = Remote().system(pattern)
         # A ? begins a query, and web servers list nothing.
         if "*" in path and not pattern.startswith("http"):
             yield from (system.unstrip_protocol(match) for match in system.glob(path))
@@ -66,7 +67,7 @@ def _local_or_remote(pattern: str) -> Iterator[str]:
 
 def _problems(archive: str, config: ReadConfig) -> Iterator[str]:
     """What stands in the way of reading a file."""
-    if not is_remote(archive) and not Path(archive).is_file():
+    if not is_url(archive) and not Path(archive).is_file():
         yield f"read.archives: {archive} does not exist; mend the listing or read.listing_base"
         return
     try:

@@ -27,7 +27,6 @@ from data_pipelines.steps.collect import CollectDocuments, LoadDocuments, collec
 from data_pipelines.steps.document import write_whole
 from data_pipelines.steps.duplicates import DropExactDuplicates, DropNearDuplicates, SignDocuments
 from data_pipelines.steps.extract import ExtractText
-from data_pipelines.steps.fetch import is_remote
 from data_pipelines.steps.filter import FilterQuality
 from data_pipelines.steps.holdout import HoldOut
 from data_pipelines.steps.identify import IdentifyLanguage
@@ -36,6 +35,7 @@ from data_pipelines.steps.quality import CheckQuality
 from data_pipelines.steps.read import ReadArchives
 from data_pipelines.steps.refuse import RefusePages
 from data_pipelines.steps.write import WriteShards
+from xlscale.data.remote import is_url
 from xlscale.data.shards import Corpus
 
 PUBLISHED = ("shards", "heldout", "dropped")
@@ -190,7 +190,7 @@ def publish(work: Path, output: Path) -> None:
 
 def described(archive: str) -> dict[str, Any]:
     """An archive as it stands in the report; size and digest of a remote one are added by who reads it."""
-    if is_remote(archive):
+    if is_url(archive):
         return {"archive": archive, "bytes": 0, "sha256": ""}
     return {"archive": archive, "bytes": Path(archive).stat().st_size, "sha256": digest(archive)}
 

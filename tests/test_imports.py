@@ -41,6 +41,7 @@ LEVELS = {
 FOR_PIPELINES = (
     "xlscale.data.shards",
     "xlscale.data.shard_writer",
+    "xlscale.data.remote",
     "xlscale.languages",
     "xlscale.tokenizer",
     "xlscale.__version__",

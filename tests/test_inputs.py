@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.packed import BOS, EOS, PAD, alone, batch_of, documents_of
+from tests.packed import BOS, PAD, alone, batch_of, documents_of
 from tests.test_encoder import FAMILIES, noisy, small
 from xlscale.data.packing import Packing
 from xlscale.data.stream import Batch
@@ -14,7 +14,7 @@ from xlscale.training.inputs import model_inputs
 
 CPU = torch.device("cpu")
 POSITIONS = ("absolute", "relative_key", "relative_key_query")
-APART = Packing("best_fit", 16, False, BOS, EOS, PAD)
+APART = Packing("best_fit", 16, False, BOS, PAD)
 DOCUMENTS = documents_of([3, 9, 4, 21, 2, 2], vocabulary=90)
 """In parts of 15 tokens and with <s> 4, 10, 5, 16, 7, 3, 3; in the rows 7 + 4 + 3, 10 + 5, 16 and 3."""
 
@@ -42,7 +42,7 @@ def test_packed_documents_have_the_logits_that_each_has_alone(family: str, posit
 
 @pytest.mark.parametrize("kind", ["sentences", "best_fit"])
 def test_padding_attends_to_padding_and_positions_begin_anew(kind: str) -> None:
-    batch = batch_of(Packing(kind, 8, False, BOS, EOS, PAD), documents_of([3, 2, 9], 90))
+    batch = batch_of(Packing(kind, 8, False, BOS, PAD), documents_of([3, 2, 9], 90))
     inputs = model_inputs(batch, CPU, PAD, 8)
     mask, segments, position_ids = inputs["attention_mask"], batch.segments, inputs["position_ids"]
     assert mask is not None and mask.dtype == torch.bool and segments is not None and position_ids is not None
@@ -71,7 +71,7 @@ def test_cutting_columns_changes_neither_loss_nor_gradients(family: str, attenti
         layer.attention.dropout_prob = 0.0
     documents = documents_of([3, 5, 2, 7, 2], 90)
     # Blocks of 9 tokens in rows of 18: a half of each is padding.
-    narrow = batch_of(Packing("best_fit", 9, attention, BOS, EOS, PAD), documents)
+    narrow = batch_of(Packing("best_fit", 9, attention, BOS, PAD), documents)
     fill = ((0, 0), (0, 9))
     wide = Batch(
         np.pad(narrow.input_ids, fill, constant_values=PAD),
@@ -93,7 +93,7 @@ def test_cutting_columns_changes_neither_loss_nor_gradients(family: str, attenti
     [(3, 8, 8), (8, 8, 8), (9, 8, 16), (17, 8, 20), (20, 8, 20), (9, 6, 12), (9, 1, 9)],
 )
 def test_rows_are_cut_to_the_longest_rounded_up(longest: int, multiple: int, width: int) -> None:
-    batch = batch_of(Packing("documents", 20, True, BOS, EOS, PAD), documents_of([longest - 1, 2], 90))
+    batch = batch_of(Packing("documents", 20, True, BOS, PAD), documents_of([longest - 1, 2], 90))
     inputs = model_inputs(batch, CPU, PAD, multiple)
     assert inputs["input_ids"].tolist() == batch.input_ids[:, :width].tolist()
     assert inputs["labels"].tolist() == batch.labels[:, :width].tolist()
@@ -102,8 +102,8 @@ def test_rows_are_cut_to_the_longest_rounded_up(longest: int, multiple: int, wid
 
 
 def test_there_is_no_mask_where_nothing_is_padded_and_no_row_has_a_second_document() -> None:
-    full = batch_of(Packing("sentences", 16, True, BOS, EOS, PAD), documents_of([15, 7, 8], 90))
-    even = batch_of(Packing("documents", 16, True, BOS, EOS, PAD), documents_of([7, 7], 90))  # nothing, once it is cut
+    full = batch_of(Packing("sentences", 16, True, BOS, PAD), documents_of([15, 7, 8], 90))
+    even = batch_of(Packing("documents", 16, True, BOS, PAD), documents_of([7, 7], 90))  # nothing, once it is cut
     single = batch_of(APART, documents_of([15, 15], 90))
     assert full.attention_mask is None and even.attention_mask is not None and single.segments is not None
     for batch, width in ((full, 16), (even, 8), (single, 16)):

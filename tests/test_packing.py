@@ -38,7 +38,7 @@ def full_sentences(documents: Sequence[Sequence[int] | np.ndarray], length: int)
 
 
 def of(kind: str, attention: bool, T: int) -> Packing:
-    return Packing(kind, T, attention, BOS, EOS, PAD)
+    return Packing(kind, T, attention, BOS, PAD)
 
 
 def rows(packing: Packing, lengths: list[int], ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -210,7 +210,7 @@ def test_only_what_changes_the_blocks_changes_the_name() -> None:
     assert names["documents", True] == names["documents", False]
     assert len(set(names.values())) == 5
     assert of("sentences", True, 256).name != names["sentences", True]
-    assert Packing("sentences", 512, True, 7, 8, 9).name == names["sentences", True]
+    assert Packing("sentences", 512, True, 7, 9).name == names["sentences", True]
 
 
 def test_what_makes_no_packing_is_refused() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.__main__ import main
-from data_pipelines.config import CHOICES, RecipeError, load_recipe
+from data_pipelines.config import RecipeError, load_recipe
+from data_pipelines.config_rules import CHOICES
 from data_pipelines.steps.document import REASONS, dropped
 from data_pipelines.steps.quality import RULES, CheckQuality, Measures
 from data_pipelines.steps.thresholds import Thresholds, thresholds

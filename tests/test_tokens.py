@@ -160,7 +160,7 @@ def test_block_starts_are_those_of_the_packing_made_once_and_mapped(
     corpus: Corpus, tiny_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     tokens = prepare_tokens(corpus, tiny_tokenizer, tmp_path / "cache")
-    for packing in (Packing("sentences", 32, True, 0, 2, 1), Packing("documents", 32, True, 0, 2, 1)):
+    for packing in (Packing("sentences", 32, True, 0, 1), Packing("documents", 32, True, 0, 1)):
         mapped = tokens.block_starts("de_DE", packing)
         assert mapped.dtype == np.int64 and isinstance(mapped.base, np.memmap)
         starts = np.array(mapped)
@@ -222,7 +222,7 @@ def test_a_finished_cache_is_read_from_its_url_and_an_unfinished_one_refused(
     corpus: Corpus, tiny_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     local = prepare_tokens(corpus, tiny_tokenizer, tmp_path / "cache")
-    packing = Packing("sentences", 32, True, 0, 2, 1)
+    packing = Packing("sentences", 32, True, 0, 1)
     url = (tmp_path / "cache").as_uri()
     downloads = Downloads(tmp_path / "downloads", 1 << 30)
     tokens = prepare_tokens(corpus, tiny_tokenizer, url, downloads=downloads)

@@ -263,7 +263,7 @@ def test_the_command_makes_the_token_shards_that_training_reads(
     lines = done.stdout.splitlines()
     tokens = prepare_tokens(corpus, tiny_tokenizer, max_bad_documents=16, progress=pytest.fail)
     assert lines[1].split()[:3] == ["de_DE", "150", f"{tokens.size('de_DE', 'tokens'):,d}"]
-    packing = Packing("sentences", 64, True, 0, 2, 1)
+    packing = Packing("sentences", 64, True, 0, 1)
     assert int(lines[1].split()[3]) == tokens.block_starts("de_DE", packing)[-1]
     assert lines[3].split()[:2] == ["all", "270"]
     assert lines[4] == "ru_RU: documents left out: 16 checksum"

@@ -16,8 +16,9 @@ from data_pipelines.config import ReadConfig
 from data_pipelines.progress import Heartbeat
 from data_pipelines.steps.corpora import kind_of, language_of_path, rows
 from data_pipelines.steps.document import document_id, drop, write_lines
-from data_pipelines.steps.fetch import at_hand, is_remote
+from data_pipelines.steps.fetch import at_hand
 from data_pipelines.steps.warc import records
+from xlscale.data.remote import is_url
 from xlscale.languages import from_iso
 
 HTML_TYPES = {"text/html", "application/xhtml+xml", "text/plain", ""}
@@ -49,7 +50,7 @@ class ReadArchives(PipelineStep):
                 size = path.stat().st_size
                 heartbeat = Heartbeat(self.heartbeat / f"read-{rank:05d}", size)
                 row: dict[str, Any] = {"archive": archive, "bytes": size, "records": {}, "faults": []}
-                if is_remote(archive):
+                if is_url(archive):
                     with path.open("rb") as file:
                         row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
                 yield from self.archive(archive, path, row, heartbeat)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from tests.packed import BOS, EOS, PAD, batch_of, documents_of, loss_alone
+from tests.packed import BOS, PAD, batch_of, documents_of, loss_alone
 from xlscale.config_sections import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from xlscale.data.packing import Packing
 from xlscale.models.dropout import DropoutKey
@@ -48,7 +48,7 @@ ODD_VOCABULARIES = (61, 9)
 """At tp = 4 the last rank has 13 of 16 rows, and none of 3."""
 
 DOCUMENTS = documents_of([3, 9, 4, 21, 2, 2], vocabulary=64)
-APART = Packing("best_fit", 16, False, BOS, EOS, PAD)
+APART = Packing("best_fit", 16, False, BOS, PAD)
 """Puts the documents into 4 rows, one with three of them, one full, two padded."""
 
 

@@ -43,7 +43,6 @@ class Packing:
     document_attention: bool
     """Whether tokens of a block attend to other documents in it; if not, it has segments."""
     bos_id: int
-    eos_id: int
     pad_id: int
 
     def __post_init__(self) -> None:

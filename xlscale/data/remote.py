@@ -116,7 +116,7 @@ class Remote:
         """fsspec's file system of a URL, and the path there; ValueError if the package for it is not installed."""
         import fsspec  # takes 50 ms, and who reads local shards needs none of it
 
-        options = {}
+        options: dict[str, Any] = {}
         try:
             if url.startswith("http"):
                 import aiohttp
@@ -124,7 +124,8 @@ class Remote:
                 timeout = aiohttp.ClientTimeout(
                     total=None, sock_connect=self.stall_seconds, sock_read=self.stall_seconds
                 )
-                options["client_kwargs"] = {"timeout": timeout}
+                # Not unpacked on the way: size and digest are those of the file.
+                options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
             # Not kept: an instance must not cross a fork, and fsspec knows its own.
             return fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:  # it names the package: s3fs, gcsfs, aiohttp, ...

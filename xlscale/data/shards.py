@@ -24,7 +24,6 @@ import google_crc32c
 import numpy as np
 
 from xlscale.data.manifest import MANIFEST, Index, ShardRecord, parse_manifest
-from xlscale.data.members import DOCUMENT_CAUSES as DOCUMENT_CAUSES
 from xlscale.data.members import DocumentError, MemberError, documents_in, usable_texts
 from xlscale.data.remote import FetchError
 from xlscale.data.storage import Downloads, RemoteFile, Storage

@@ -81,7 +81,7 @@ class Stream:
         assert tokens.tokenizer == tokenizer.digest, "token shards of another tokenizer"
         if not 0 <= seed < 1 << 63:
             raise ValueError(f"seed={seed} must lie between 0 and 2**63 - 1: it is half of a generator's key")
-        self.tokens, self.data, self.masking, self.seed = tokens, data, masking, seed
+        self.tokens, self.masking, self.seed = tokens, masking, seed
         self.languages = tokens.languages
         self.vocab_size = tokenizer.vocab_size
         self.packing = Packing(
@@ -89,7 +89,6 @@ class Stream:
             data.sequence_length,
             data.document_attention,
             tokenizer.bos_id,
-            tokenizer.eos_id,
             tokenizer.pad_id,
         )
         self.lanes = Lanes.of(global_batch_size, data.lanes, data.language_run)

@@ -60,7 +60,7 @@ def run_update(
 ) -> Update:
     """Do update `step` (0-based) on this rank's slots; `faults` says whether it may be applied.
 
-    Both faults take note of it.
+    It and `data_faults` take note of the update.
 
     The loss is the sum over the update's masked tokens divided by their number over all ranks and micro-steps, so the
     gradient does not depend on accumulation or data-parallel size.
