@@ -1,17 +1,22 @@
 """Which archives a recipe reads: its patterns, URLs and listings made one list, checked before anything runs."""
 
 import gzip
+import json
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from data_pipelines.config import ReadConfig, RecipeError
+from data_pipelines.config import ReadConfig, RecipeError, digest
 from data_pipelines.steps.corpora import kind_of, language_of_path
+from data_pipelines.steps.document import write_whole
 from data_pipelines.steps.fetch import read_remote
 from xlscale.data.remote import Remote, is_url
 
 LISTINGS = (".paths", ".paths.gz")
+SAVE_EVERY = 30.0  # seconds of reading archives for their digests that a killed command may lose
 
 
 def find_archives(config: ReadConfig) -> list[str]:
@@ -34,6 +39,32 @@ def find_archives(config: ReadConfig) -> list[str]:
     if problems:
         raise RecipeError(problems)
     return archives
+
+
+def described(archives: Sequence[str], cache: Path) -> list[dict[str, Any]]:
+    """The archives as they stand in the report; size and digest of a remote one are added by who reads it.
+
+    Digests are kept in the file `cache` by path, size and time of change: terabytes are not read again for them.
+    """
+    known: dict[str, list[Any]] = json.loads(cache.read_text("utf-8")) if cache.exists() else {}
+    found: dict[str, list[Any]] = {}
+    started = time.monotonic()
+    for archive in archives:
+        if not is_url(archive):
+            path, stat = str(Path(archive).resolve()), Path(archive).stat()
+            size_and_time = [stat.st_size, stat.st_mtime_ns]
+            known_one = known.get(path, [])
+            found[path] = known_one if known_one[:2] == size_and_time else [*size_and_time, digest(archive)]
+            if time.monotonic() - started > SAVE_EVERY:
+                write_whole(cache, json.dumps(known | found))
+                started = time.monotonic()
+    if found != known:
+        write_whole(cache, json.dumps(found))
+    rows = []
+    for archive in archives:
+        size, _, sha256 = (0, 0, "") if is_url(archive) else found[str(Path(archive).resolve())]
+        rows.append({"archive": archive, "bytes": size, "sha256": sha256})
+    return rows
 
 
 def _matches(pattern: str, config: ReadConfig) -> Iterator[str]:
@@ -75,11 +106,12 @@ def _problems(archive: str, config: ReadConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"read.archives: {error}"
         return
-    for package, needed in (("pyarrow", kind == "parquet"), ("lz4", archive.lower().endswith(".lz4"))):
+    parquet = kind == "parquet" or archive.lower().endswith(".parquet")
+    for package, needed in (("pyarrow", parquet), ("lz4", archive.lower().endswith(".lz4"))):
         if needed and not find_spec(package):
             extra = "parquet" if package == "pyarrow" else package
             yield f"read.archives: {extra} files need the package {package}: pip install 'xlscale[{extra}]'"
-    if config.language_from == "field" and kind in ("warc", "txt"):
+    if config.language_from == "field" and kind in ("warc", "index", "txt"):
         yield f"read.language_from = 'field': {archive} is {kind} and has no fields; use 'text' or 'path'"
     if config.language_from == "path" and not language_of_path(archive):
         yield (f"read.language_from = 'path': neither name nor folder of {archive} is a language of XLM-R; "

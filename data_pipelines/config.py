@@ -1,17 +1,13 @@
-"""The recipe of a corpus: one dataclass per TOML section; load_recipe() shows all problems at once."""
+"""The recipe of a corpus: its list of steps, and one dataclass per TOML section; config_load.py reads it."""
 
-import difflib
 import hashlib
 import json
-import tomllib
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
-from data_pipelines.config_rules import CHOICES, RANGES
-from data_pipelines.steps.thresholds import ThresholdError, described, thresholds
-from xlscale.languages import language_id
+from data_pipelines.config_rules import FILES, STEPS
+from data_pipelines.steps.thresholds import described
 
 
 class RecipeError(ValueError):
@@ -25,24 +21,35 @@ class RecipeError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     output: str
-    """Folder that gets shards/, heldout/, dropped/, tokenizer/, report.json; relative to where one starts."""
+    """Folder that gets shards/, heldout/, dropped/, tokenizer/, report.html, .json; relative to where one starts."""
+    executor: str = "local"
+    """What runs the tasks: "local" processes, "slurm" or "ray"; the result is the same."""
     workers: int = 1
-    """Processes at work at once; the result is the same with any number."""
+    """Tasks at work at once; the result is the same with any number."""
+    task_mib: int = 256
+    """MiB of text from which a task after reading is given no more to do: small languages share one."""
     sort_memory_mib: int = 256
-    """Memory a process takes to sort hashes in search of duplicates; with less it reads them more often."""
+    """Memory a process takes for documents that wait to be sorted, or for hashes in search of duplicates, which it
+    reads more often with less."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     archives: list[str]
     """WARC and WET files and corpora (jsonl, parquet, txt; .gz, .zst, .xz, .lz4), patterns of them, URLs (http, s3),
-    or CommonCrawl's listings (*.paths.gz); one task each. A URL stands for its content: a change is not noticed."""
+    CommonCrawl's listings (*.paths.gz), or results of its index (*.cdxj, *.cdx; parquet and csv with read.format =
+    "index"). A URL stands for its content: a change is not noticed."""
+    archives_per_task: int = 1
+    """Archives that one task reads, one after the other; the result is the same with any number."""
     max_faults: int = 3
     """Damaged places (a cut end, a broken gzip member, an unreadable record) that one archive may have."""
+    max_bad_archives: float = 0.01
+    """Share of the archives (one at least) that may have more damage: they are left out and named, the rest goes on."""
     max_page_bytes: int = 8_388_608
     """Pages longer than this, after unpacking, are dropped."""
     format: str = "auto"
-    """Of all files: "warc" (WET too), "jsonl", "parquet", "txt" (empty lines between documents), "auto": by name."""
+    """Of all files: "warc" (WET too), "index" (rows that say where records are), "jsonl", "parquet", "txt" (empty lines
+    between documents), "auto": by name."""
     text_field: str = "text"
     """Field of jsonl and parquet that is the text; a.b: field b of the object in field a."""
     url_field: str = "url"
@@ -65,6 +72,8 @@ class ReadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
+    method: str = "resiliparse"
+    """What finds the text in a page: "resiliparse", or "trafilatura" (cleaner text, a tenth of the speed)."""
     timeout_seconds: float = 10.0
     """A page that takes longer is dropped; Resiliparse takes about 0.4 ms for an ordinary one."""
     memory_mib: int = 1024
@@ -75,6 +84,10 @@ class ExtractConfig:
 class CleanConfig:
     mojibake: bool = True
     """Mend text that was decoded in a wrong charset (ftfy)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
     emails: bool = True
     """Put email@example.com in the place of e-mail addresses."""
     ip_addresses: bool = True
@@ -85,6 +98,10 @@ class CleanConfig:
 class IdentifyConfig:
     languages: list[str] = field(default_factory=list)
     """Codes of xlscale.languages to keep; empty = every language of XLM-R."""
+    model: str = ""
+    """A fastText model (GlotLID, OpenLID, lid.176) that identifies instead of py3langid and pycld2."""
+    thresholds: str = ""
+    """TOML file of min_probability and min_percent per language; empty = the two below for all."""
     min_probability: float = 0.95
     """py3langid's probability from which it is believed alone, where pycld2 does not know."""
     min_percent: int = 90
@@ -108,9 +125,21 @@ class FilterConfig:
     max_code_lines: float = 0.40
     """Share of the text in lines with the signs of program code or markup."""
     rules: list[str] = field(default_factory=list)
-    """Sets of published rules that hold besides: gopher, gopher_repetition, c4, mc4, fineweb."""
+    """Sets of published rules that hold besides: gopher, gopher_repetition, c4_lines, c4, mc4, fineweb."""
     thresholds: str = ""
     """Their thresholds per language: a TOML file, or a folder of FineWeb-2's; empty = those of the papers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig:
+    models: str = ""
+    """KenLM models as CCNet's, `{language}` in their path; a language without one is not looked at."""
+    tokenizers: str = ""
+    """SentencePiece models of the text that they were made of, `{language}` in their path."""
+    cutoffs: str = ""
+    """TOML file: per language `head` and `tail`, the perplexities that bound the three buckets."""
+    keep: list[str] = field(default_factory=lambda: ["head", "middle"])
+    """Buckets that stay: head (most like the model's text), middle, tail; a document's is in its shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +155,6 @@ class DeduplicateConfig:
     """Estimated Jaccard similarity from which the later of two pages is dropped."""
     seed: int = 1
     """Key of the hash functions."""
-    paragraphs: bool = False
-    """Whether paragraphs that another page of the language had before are taken out, as CCNet does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,18 +177,22 @@ class ShardsConfig:
     """Members of one tar."""
     compression: str = "none"
     """Of each chunk: "none", or "zstd" (a third of the size, for archives and slow networks)."""
+    part_mib: int = 4096
+    """MiB of a language's text that one task writes; a part begins a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
+    kind: str = "unigram"
+    """"unigram" (SentencePiece, as XLM-R's) or "byte_bpe" (byte-level BPE: no <unk>)."""
     vocab_size: int = 32_000
     """Ids of the tokenizer, special ones included."""
     sampling_alpha: float = 0.3
     """Share of a language in the text that the tokenizer learns from: p ~ n ** alpha, n its characters."""
     max_characters: int = 100_000_000
-    """Text to learn from; SentencePiece takes about 19 bytes of memory for each byte."""
+    """Text to learn from; a byte of it takes about 21 bytes of memory (unigram), at most 40 (byte_bpe)."""
     character_coverage: float = 0.9995
-    """Share of all characters that get a piece; the rest become <unk>."""
+    """Of unigram: share of all characters that get a piece; the rest become <unk>."""
     max_memory_gib: float = 16.0
     """Training that needs more memory, by max_characters, is refused before it starts."""
 
@@ -169,24 +200,64 @@ class TokenizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     dropped_samples: int = 3
-    """Dropped documents kept in dropped/<reason>.jsonl, per reason and task; 0 = none."""
+    """Dropped documents kept in dropped/<reason>.jsonl and shown in the report, per reason; 0 = none."""
+    kept_samples: int = 2
+    """Kept documents shown in the report, per language."""
+    all_dropped: bool = False
+    """Whether every dropped document goes to dropped/, whole, with its reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    partition: str = ""
+    """Partition of the jobs."""
+    time: str = "24:00:00"
+    """Longest time of a task."""
+    cpus_per_task: int = 1
+    """Cores of a task; a task uses one, more of them bring more memory."""
+    memory_gib: int = 4
+    """Memory per core."""
+    qos: str = "normal"
+    """Quality of service of the jobs."""
+    tasks_per_job: int = 1
+    """Tasks that one element of a job array runs, one after the other."""
+    max_array_size: int = 1001
+    """Longest job array that the cluster takes; more tasks than that are several arrays."""
+    environment: str = ""
+    """Shell command before each task, as `module load python`; the Python that runs this command is found by itself."""
+    arguments: list[str] = field(default_factory=list)
+    """More of sbatch, as "account=abc"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    address: str = ""
+    """A cluster's address, or "auto"; empty = one on this machine for the time of the run."""
+    memory_gib: float = 2.0
+    """Memory that a task reserves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All sections of a recipe."""
+    """The list of steps, and all sections of a recipe."""
 
+    steps: tuple[str, ...] = STEPS
+    """Names of steps (chain.py), and own ones as "file.py:Class"."""
     run: RunConfig
     read: ReadConfig
     extract: ExtractConfig
     clean: CleanConfig
+    mask: MaskConfig
     identify: IdentifyConfig
     filter: FilterConfig
+    perplexity: PerplexityConfig
     deduplicate: DeduplicateConfig
     heldout: HeldoutConfig
     shards: ShardsConfig
     tokenizer: TokenizerConfig
     report: ReportConfig
+    slurm: SlurmConfig
+    ray: RayConfig
 
     @property
     def output(self) -> Path:
@@ -197,131 +268,26 @@ class Recipe:
     def hash(self) -> str:
         """Digest of all that decides the shards' bytes: settings and code, not where it runs."""
         sections = asdict(self)
-        for name in ("run", "tokenizer"):
+        for name in ("run", "tokenizer", "slurm", "ray"):
             del sections[name]
-        for name in ("archives", "listing_base", "max_archives", "attempts"):
+        for name in ("archives", "archives_per_task", "max_bad_archives", "listing_base", "max_archives", "attempts"):
             del sections["read"][name]  # what they hold counts, not where they lie
-        if self.read.blocklist:
-            sections["read"]["blocklist"] = hashlib.sha256(Path(self.read.blocklist).read_bytes()).hexdigest()
+        for name in FILES:
+            section, key = name.split(".")
+            if sections[section][key]:
+                sections[section][key] = digest(sections[section][key])
+        for key in ("models", "tokenizers"):  # gigabytes each: by name and size
+            pattern = Path(sections["perplexity"][key].replace("{language}", "*"))
+            found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))) if pattern.name else []
+            sections["perplexity"][key] = [(path.name, path.stat().st_size) for path in found]
         sections["filter"]["thresholds"] = described(self.filter.thresholds) if self.filter.rules else ""
-        code = sorted(Path(__file__).parent.glob("steps/*.py"))
+        own = [Path(step.rpartition(":")[0]) for step in self.steps if ":" in step]
+        code = [*sorted(Path(__file__).parent.glob("steps/*.py")), *own]
         parts = [json.dumps(sections, sort_keys=True).encode(), *(path.read_bytes() for path in code)]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-SECTIONS: dict[str, type] = get_type_hints(Recipe)
-TYPES = {f"{name}.{key}": kind for name, cls in SECTIONS.items() for key, kind in get_type_hints(cls).items()}
-KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list[str]: "a list of strings"}
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads the TOML file `path`, applies overrides ("section.key=value"); RecipeError lists all problems."""
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(str(p) for p in Path("configs").glob("data_*.toml"))
-        raise RecipeError([f"recipe {path} does not exist; there are {', '.join(there) or 'none in configs/'}"])
-    try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path}: is not valid TOML: {error}; mend it there"]) from None
-    problems: list[str] = []
-    given: dict[str, Any] = {}
-    source: dict[str, str] = {}
-    for section, keys in raw.items():
-        if not isinstance(keys, dict):
-            problems.append(f"{path}: {section} stands outside of a section; write [section] above it")
-        elif section not in SECTIONS:
-            problems.append(f"{path}: unknown section [{section}]{_nearest(section, SECTIONS)}")
-        else:
-            given |= {f"{section}.{key}": value for key, value in keys.items()}
-    source |= dict.fromkeys(given, str(path))
-    for override in overrides:
-        name, equals, text = (part.strip() for part in override.partition("="))
-        if not equals:
-            problems.append(f"--set {override}: has no value; write --set section.key=value")
-            continue
-        given[name], source[name] = _override_value(name, text), f"--set {override}"
-    for name, value in given.items():
-        if name not in TYPES:
-            problems.append(f"{source[name]}: unknown key {name}{_nearest(name, TYPES)}")
-        elif not _fits(value, TYPES[name]):
-            problems.append(f"{source[name]}: {name} = {value!r} must be {KINDS[TYPES[name]]}")
-        elif name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
-            low, high = RANGES[name]
-            problems.append(f"{source[name]}: {name} = {value} must be from {low:g} to {high:g}")
-        elif name in CHOICES:
-            problems += [
-                f"{source[name]}: {name} = {one!r} must be one of {', '.join(CHOICES[name])}"
-                for one in (value if isinstance(value, list) else [value])
-                if one not in CHOICES[name]
-            ]
-    problems += _missing(path, given)
-    blocklist = given.get("read.blocklist")
-    if isinstance(blocklist, str) and blocklist and not Path(blocklist).is_file():
-        problems.append(f"{source['read.blocklist']}: read.blocklist = {blocklist!r} is no file (from {Path.cwd()})")
-    problems += _wrong_thresholds(given)
-    problems += _unknown_languages(given.get("identify.languages", []), source.get("identify.languages", ""))
-    if problems:
-        raise RecipeError(problems)
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for name, value in given.items():
-        section, key = name.split(".")
-        values[section][key] = float(value) if TYPES[name] is float else value
-    return Recipe(**{section: SECTIONS[section](**keys) for section, keys in values.items()})
-
-
-def _missing(path: Path, given: dict[str, Any]) -> list[str]:
-    return [
-        f"{path}: {section}.{spec.name} has no default and is missing; add `{spec.name} = ...` in [{section}]"
-        for section, cls in SECTIONS.items()
-        for spec in fields(cls)
-        if f"{section}.{spec.name}" not in given and spec.default is MISSING and spec.default_factory is MISSING
-    ]
-
-
-def _unknown_languages(codes: Any, source: str) -> list[str]:
-    problems = []
-    for code in codes if isinstance(codes, list) else []:
-        try:
-            language_id(str(code))
-        except ValueError as error:
-            problems.append(f"{source}: identify.languages: {error}")
-    return problems
-
-
-def _wrong_thresholds(given: dict[str, Any]) -> list[str]:
-    path = given.get("filter.thresholds")
-    if not path or not isinstance(path, str):
-        return []
-    if not given.get("filter.rules"):
-        return [f"filter.thresholds = {path!r} has no effect without filter.rules; name sets of rules there"]
-    try:
-        thresholds(path)
-    except ThresholdError as error:
-        return error.problems
-    return []
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` for a name that is close to a known one, by itself or by its last part."""
-    names = list(known)
-    same_key = [other for other in names if other.partition(".")[2] == name.partition(".")[2] != ""]
-    close = same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
-
-
-def _override_value(name: str, text: str) -> Any:
-    if TYPES.get(name) is str:
-        return text.strip("\"'")
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is kind
+def digest(path: str | Path) -> str:
+    """sha256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@ them shows the sum.
 """
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,22 +12,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-EVERY = 0.2  # seconds between two writes of a task
+EVERY = 0.2  # seconds between two writes of a task, and between two looks at them
+EVERY_SHARED = 5.0  # the same of a task on Slurm or Ray: thousands of them write to one file system
+LOOKING = 0.05  # share of the time that looking may take
 
 
 class Heartbeat:
     """A task's file: `done total`."""
 
-    def __init__(self, path: Path, total: int):
-        self.path, self.total, self._last = path, total, 0.0
+    def __init__(self, path: Path, total: int, before: int = 0):
+        """`before`: what the task had done, and is shown besides."""
+        self.path, self.total, self.before, self._last = path, total, before, 0.0
+        local = os.environ.get("DATATROVE_EXECUTOR", "LOCAL") == "LOCAL"
+        self._every = EVERY if local else EVERY_SHARED
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def beat(self, done: int) -> None:
         """Say how much is done; cheap enough for every document."""
         now = time.monotonic()
-        if now - self._last > EVERY or done >= self.total:
+        if now - self._last > self._every or done >= self.total:
             self._last = now
-            self.path.write_text(f"{done} {self.total}")
+            self.path.write_text(f"{self.before + done} {self.before + self.total}")
 
 
 def total(folder: Path, stage: str) -> tuple[int, int]:
@@ -53,8 +59,11 @@ def shown(console: Console, folder: Path, stage: str, title: str, expected: int 
         bar, stop = progress.add_task(title, total=expected or None), threading.Event()
 
         def follow() -> None:
-            while not stop.wait(EVERY):
+            took = 0.0
+            while not stop.wait(max(EVERY, took / LOOKING)):
+                began = time.monotonic()
                 done, of = total(folder, stage)
+                took = time.monotonic() - began
                 if of:
                     progress.update(bar, completed=done, total=max(of, expected))
 

@@ -6,100 +6,51 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
-from data_pipelines import report
-from data_pipelines.archives import find_archives
-from data_pipelines.children import bind_forks
+from data_pipelines import executors, report
+from data_pipelines.archives import described, find_archives
 from data_pipelines.config import Recipe, RecipeError
-from data_pipelines.progress import shown
-from data_pipelines.steps.clean import CleanText
-from data_pipelines.steps.collect import CollectDocuments, LoadDocuments, collected_bytes, collected_languages
+from data_pipelines.page import write_page
+from data_pipelines.stages import assemble, stages
 from data_pipelines.steps.document import write_whole
-from data_pipelines.steps.duplicates import DropExactDuplicates, DropNearDuplicates, SignDocuments
-from data_pipelines.steps.extract import ExtractText
-from data_pipelines.steps.filter import FilterQuality
-from data_pipelines.steps.holdout import HoldOut
-from data_pipelines.steps.identify import IdentifyLanguage
-from data_pipelines.steps.paragraphs import DropRepeatedParagraphs
-from data_pipelines.steps.quality import CheckQuality
-from data_pipelines.steps.read import ReadArchives
-from data_pipelines.steps.refuse import RefusePages
-from data_pipelines.steps.write import WriteShards
-from xlscale.data.remote import is_url
 from xlscale.data.shards import Corpus
 
 PUBLISHED = ("shards", "heldout", "dropped")
 
 
-def archive_steps(recipe: Recipe, archives: list[str], work: Path) -> list[PipelineStep]:
-    """One task per archive: its pages, by language."""
-    cfg = recipe
-    return [
-        ReadArchives(archives, cfg.read, work / "archives", work / "progress"),
-        RefusePages(cfg.read.blocklist, cfg.read.robots),
-        ExtractText(cfg.extract.timeout_seconds, cfg.extract.memory_mib),
-        CleanText(cfg.clean),
-        IdentifyLanguage(**vars(cfg.identify)),
-        FilterQuality(cfg.filter),
-        CheckQuality(cfg.filter.rules, cfg.filter.thresholds),
-        SignDocuments(cfg.deduplicate),
-        CollectDocuments(work / "documents", cfg.report.dropped_samples),
-    ]
+def run(recipe: Recipe, console: Console, dry_run: bool = False) -> dict[str, Any] | None:
+    """Runs what is not finished and returns the report; ValueError for what a person can mend.
 
-
-def language_steps(recipe: Recipe, languages: list[str], work: Path, source: str) -> list[PipelineStep]:
-    """One task per language: its shards."""
-    cfg, memory = recipe, recipe.run.sort_memory_mib
-    near = DropNearDuplicates(cfg.deduplicate, work / "scratch", memory)
-    paragraphs = DropRepeatedParagraphs(cfg.filter.min_characters, work / "scratch", memory)
-    return [
-        LoadDocuments(work / "documents", languages, work / "progress"),
-        DropExactDuplicates(),
-        near,
-        *([paragraphs] if cfg.deduplicate.paragraphs else []),
-        HoldOut(cfg.heldout, cfg.shards.min_documents),
-        WriteShards(work, languages, cfg, source, near),
-    ]
-
-
-def run(recipe: Recipe, console: Console) -> dict[str, Any]:
-    """Runs what is not finished and returns the report; ValueError for what a person can mend."""
-    output = recipe.output
+    `dry_run`: says what it would run first, and returns None.
+    """
+    output = recipe.output.resolve()  # for workers on other machines
+    executors.check(recipe, dry_run)
     archives = find_archives(recipe.read)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
-        inputs = [described(path) for path in archives]
-        sizes = [row["bytes"] for row in inputs]
+        inputs = described(archives, output / "digests.json")
         key = key_of(recipe, inputs)
         finished = finished_report(output, key)
         if finished:
             console.print(f"{output} is up to date: same recipe, same {len(archives)} archives; nothing to do")
+            write_page(output)
             return finished
         refuse_to_overwrite(output)
         work = output / "work" / key[:16]
-        for other in (output / "work").glob("*"):
-            if other != work:  # of another recipe, never finished
-                shutil.rmtree(other)
-        if work.exists():
-            console.print(f"{output}: going on where an earlier run stopped; finished tasks are not run again")
+        prepare(recipe, work, console)
         if not (work / "report.json").exists():
-            execute(recipe, archive_steps(recipe, archives, work), sizes, work, "read", console)
-            languages = collected_languages(work / "documents")
-            if languages:
-                steps = language_steps(recipe, languages, work, f"sha256:{key[:16]}")
-                execute(recipe, steps, [collected_bytes(work / "documents", code) for code in languages],
-                        work, "write", console)  # fmt: skip
-            result = report.build(work, inputs) | {"key": key, "config_hash": recipe.hash}
+            with contextlib.nullcontext() if dry_run else executors.cluster(recipe, work):
+                for stage in stages(recipe, archives, work):
+                    if not executors.run_stage(recipe, stage, work, console, dry_run):
+                        return None
+            assemble(recipe, work)
+            result = report.build(recipe, work, inputs) | {"key": key, "config_hash": recipe.hash}
             if not result["total"]["training"]:
                 why = ", ".join(f"{reason} {count}" for reason, count in result["dropped"].items()) or "no pages"
                 read = result["total"]["read"]
@@ -108,37 +59,22 @@ def run(recipe: Recipe, console: Console) -> dict[str, Any]:
         publish(work, output)
         published = finished_report(output, key)
         assert published, "what was published is not what was reported"
+        write_page(output)
         return published
 
 
-def execute(
-    recipe: Recipe, steps: list[PipelineStep], sizes: list[int], work: Path, stage: str, console: Console
-) -> None:
-    """Runs a stage's unfinished tasks, one per size, with progress; datatrove's own words go to the logs."""
-    logs, tasks = work / "logs" / stage, len(sizes)
-    logs.mkdir(parents=True, exist_ok=True)
-    bind_forks()
-    what = {
-        "read": f"{tasks} archives: read, extract, identify, filter",
-        "write": f"{tasks} languages: deduplicate, write",
-    }
-    executor = LocalPipelineExecutor(steps, tasks, min(recipe.run.workers, tasks), logging_dir=str(logs))
-    with shown(console, work / "progress", stage, what[stage], sum(sizes)), silenced(logs / "console.log"):
-        executor.run()
-
-
-@contextlib.contextmanager
-def silenced(path: Path) -> Iterator[None]:
-    """Sends standard error, also of child processes, to a file."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with path.open("a") as file, contextlib.redirect_stderr(file):
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+def prepare(recipe: Recipe, work: Path, console: Console) -> None:
+    """The work folder: an earlier run's goes on if it cut the work into the same tasks; others' go away."""
+    plan = work / "plan.json"
+    tasks = json.dumps({"archives_per_task": recipe.read.archives_per_task, "task_mib": recipe.run.task_mib})
+    same = (work / "report.json").exists() or (plan.exists() and plan.read_text() == tasks)
+    for other in work.parent.glob("*"):
+        if other != work or not same:
+            shutil.rmtree(other)
+    if work.exists():
+        console.print(f"{recipe.output}: going on where an earlier run stopped; finished tasks are not run again")
+    else:
+        write_whole(plan, tasks)
 
 
 @contextlib.contextmanager
@@ -188,20 +124,7 @@ def publish(work: Path, output: Path) -> None:
     shutil.rmtree(output / "work")
 
 
-def described(archive: str) -> dict[str, Any]:
-    """An archive as it stands in the report; size and digest of a remote one are added by who reads it."""
-    if is_url(archive):
-        return {"archive": archive, "bytes": 0, "sha256": ""}
-    return {"archive": archive, "bytes": Path(archive).stat().st_size, "sha256": digest(archive)}
-
-
 def key_of(recipe: Recipe, inputs: list[dict[str, Any]]) -> str:
     """What decides the result: the recipe, and the archives by name and digest, remote ones by their address."""
     named = [(Path(row["archive"]).name if row["sha256"] else row["archive"], row["sha256"]) for row in inputs]
     return hashlib.sha256(json.dumps([recipe.hash, named]).encode()).hexdigest()
-
-
-def digest(path: str) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:  # noqa: PTH123
-        return hashlib.file_digest(file, "sha256").hexdigest()

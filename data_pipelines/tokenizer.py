@@ -4,7 +4,8 @@ how well another tokenizer does.
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from data_pipelines.config import Recipe, RecipeError
+from data_pipelines.config import Recipe, RecipeError, TokenizerConfig
+from data_pipelines.page import TOKENIZER_REPORT, write_page
 from data_pipelines.progress import shown
 from data_pipelines.recipe import locked
 from data_pipelines.report import LOOK
@@ -22,11 +24,20 @@ from data_pipelines.steps.filter import weight
 from data_pipelines.steps.write import read_heldout
 from xlscale.data.shards import Corpus
 from xlscale.tokenizer import MODEL_FILE, SentencePieceTokenizer, sampled_texts, train_sentencepiece
+from xlscale.tokenizer_bpe import VOCAB_FILE, ByteLevelBPETokenizer, load_tokenizer, train_bpe
 
 SEED = 0  # of the order in which documents are drawn
-BYTES_PER_BYTE = 19  # memory that SentencePiece takes per byte of text
+# Memory that training takes per byte of text, at most. Measured: unigram 20 to 21; byte_bpe 10 to 17 where words have
+# spaces between them (66 MB, 30k to 250k ids), 39 where not (Chinese, Japanese).
+BYTES_PER_BYTE = {"unigram": 21, "byte_bpe": 40}
+TRAINERS: dict[str, Callable[[Iterator[str], TokenizerConfig, Path], "Trained"]] = {
+    "unigram": lambda texts, cfg, folder: train_sentencepiece(texts, cfg.vocab_size, folder, cfg.character_coverage),
+    "byte_bpe": lambda texts, cfg, folder: train_bpe(texts, cfg.vocab_size, folder),
+}
 PIPELINE_FILE = "tokenizer.json"  # of the Hub, for all other kinds of tokenizers
 LONGEST_UNSPACED = 12  # weighted letters per space from which a language is taken to be written without spaces
+
+Trained = SentencePieceTokenizer | ByteLevelBPETokenizer
 
 
 def run(recipe: Recipe, console: Console, against: str = "") -> dict[str, Any]:
@@ -41,20 +52,13 @@ def run(recipe: Recipe, console: Console, against: str = "") -> dict[str, Any]:
     settings = asdict(recipe.tokenizer)
     del settings["max_memory_gib"]  # decides nothing in the result
     key = hashlib.sha256(json.dumps([settings, corpus.fingerprint], sort_keys=True).encode()).hexdigest()
-    path = output / "tokenizer-report.json"
+    path = output / TOKENIZER_REPORT
     with locked(output):
         result = _finished(path, key)
         if result:
             console.print(f"{output}/tokenizer is up to date: same shards, same settings; nothing to train")
         else:
-            path.unlink(missing_ok=True)
-            tokenizer, characters = _train(recipe, corpus, console)
-            result = {"key": key, "digest": tokenizer.digest, "settings": settings}
-            result |= {"pieces": tokenizer.vocab_size, "characters": characters}
-            result["languages"] = {
-                code: measure(tokenizer.encode, tokenizer.unk_id, _texts(output, corpus, code))
-                for code in corpus.languages
-            }
+            result = {"key": key, "fingerprint": corpus.fingerprint} | _train(recipe, corpus, console)
             write_whole(path, json.dumps(result, indent=1) + "\n")
         known = result.get("against", {})
         if other and (known.get("folder"), known.get("digest")) != (against, other.digest):
@@ -63,24 +67,26 @@ def run(recipe: Recipe, console: Console, against: str = "") -> dict[str, Any]:
             }
             result["against"] = {"folder": against, "digest": other.digest, "pieces": other.pieces, "languages": rows}
             write_whole(path, json.dumps(result, indent=1) + "\n")
+        write_page(output)
         return result
 
 
 class Other:
-    """A tokenizer that others have made: a SentencePiece model of the Hub, or any tokenizer.json."""
+    """A tokenizer that others have made: a SentencePiece model of the Hub, any tokenizer.json, or RoBERTa's files."""
 
     def __init__(self, folder: str):
         self.encode: Callable[[str], list[int]]
         self.unk_id: int | None
-        if (Path(folder) / MODEL_FILE).is_file():
-            model = SentencePieceTokenizer.load(folder)
+        there = [name for name in (MODEL_FILE, PIPELINE_FILE, VOCAB_FILE) if (Path(folder) / name).is_file()]
+        if not there:
+            raise RecipeError([f"--against {folder}: holds neither {MODEL_FILE} nor {PIPELINE_FILE} nor {VOCAB_FILE}; "
+                               "give a tokenizer's folder as on the Hub"])  # fmt: skip
+        if there[0] != PIPELINE_FILE:
+            model = load_tokenizer(folder)
             self.encode, self.unk_id, self.digest, self.pieces = (
                 model.encode, model.unk_id, model.digest, model.vocab_size)  # fmt: skip
             return
         path = Path(folder) / PIPELINE_FILE
-        if not path.is_file():
-            raise RecipeError([f"--against {folder}: holds neither {MODEL_FILE} nor {PIPELINE_FILE}; give a tokenizer's"
-                               " folder as on the Hub"])  # fmt: skip
         content = path.read_bytes()
         try:
             pipeline = Tokenizer.from_buffer(content)
@@ -101,22 +107,22 @@ def _finished(path: Path, key: str) -> dict[str, Any]:
     return result if same else {}
 
 
-def predicted_memory(corpus: Corpus, alpha: float, characters: int) -> float:
-    """GiB that learning from so many characters takes, languages balanced by alpha: from the manifest alone."""
+def predicted_memory(corpus: Corpus, cfg: TokenizerConfig) -> float:
+    """GiB that learning takes, languages balanced by cfg.sampling_alpha: from the shards' manifests alone."""
     weights, widths = [], []
     for code in corpus.languages:
         records = corpus.records(code)
         available = sum(record.characters for record in records)
-        weights.append(available**alpha)
+        weights.append(available**cfg.sampling_alpha)
         widths.append(sum(record.bytes for record in records) / available)  # bytes of UTF-8 a character
     width = sum(weight * width for weight, width in zip(weights, widths, strict=True)) / sum(weights)
-    return characters * width * BYTES_PER_BYTE / 2**30
+    return cfg.max_characters * width * BYTES_PER_BYTE[cfg.kind] / 2**30
 
 
-def _train(recipe: Recipe, corpus: Corpus, console: Console) -> tuple[SentencePieceTokenizer, int]:
-    """The tokenizer, and how many characters it learnt from; RecipeError if it needs more memory than it may take."""
+def _train(recipe: Recipe, corpus: Corpus, console: Console) -> dict[str, Any]:
+    """Trains <output>/tokenizer and tells of it; RecipeError if that needs more memory than it may take."""
     cfg = recipe.tokenizer
-    memory = predicted_memory(corpus, cfg.sampling_alpha, cfg.max_characters)
+    memory = predicted_memory(corpus, cfg)
     if memory > cfg.max_memory_gib:
         fitting = int(cfg.max_characters * cfg.max_memory_gib / memory)
         raise RecipeError(
@@ -125,18 +131,38 @@ def _train(recipe: Recipe, corpus: Corpus, console: Console) -> tuple[SentencePi
                 f"tokenizer.max_memory_gib = {cfg.max_memory_gib:g}; lower it to {fitting} or raise the budget"
             ]
         )
-    texts = list(sampled_texts(corpus, cfg.sampling_alpha, cfg.max_characters, SEED))
-    characters = sum(map(len, texts))
-    title = f"tokenizer: {cfg.vocab_size} ids from {characters:,} characters, about {memory:.2f} GiB of memory"
+    characters = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal characters
+        for text in sampled_texts(corpus, cfg.sampling_alpha, cfg.max_characters, SEED):
+            characters += len(text)
+            yield text
+
+    title = f"tokenizer: {cfg.vocab_size} ids from {cfg.max_characters:,} characters, about {memory:.2f} GiB of memory"
+    folder, beside = recipe.output / "tokenizer", recipe.output / ".tokenizer"
     with shown(console, recipe.output / "work" / "none", "tokenizer", title):
-        folder = recipe.output / "tokenizer"
-        tokenizer = train_sentencepiece(texts, cfg.vocab_size, folder, cfg.character_coverage)
-    return tokenizer, characters
+        shutil.rmtree(beside, ignore_errors=True)  # of a training that was killed
+        tokenizer = TRAINERS[cfg.kind](texts(), cfg, beside)
+        (recipe.output / TOKENIZER_REPORT).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # whole: one of another kind has other files
+        beside.rename(folder)
+    encode: Callable[[str], list[int]] = tokenizer.encode
+    return {
+        "digest": tokenizer.digest,
+        "settings": asdict(cfg),
+        "pieces": tokenizer.vocab_size,
+        "characters": characters,
+        "memory_gib": round(memory, 3),
+        "languages": {
+            code: measure(encode, tokenizer.unk_id, _texts(recipe.output, corpus, code)) for code in corpus.languages
+        },
+    }
 
 
 def _digest(folder: Path) -> str:
     try:
-        return SentencePieceTokenizer.load(folder).digest
+        return load_tokenizer(folder).digest
     except (ValueError, OSError):
         return ""
 
@@ -168,7 +194,7 @@ def measure(encode: Callable[[str], list[int]], unknown: int | None, texts: list
 def show(result: dict[str, Any], console: Console, compare: bool = False) -> None:
     """Prints fertility and unknown rate per language, beside those of the other tokenizer if it is to be compared."""
     other = result["against"] if compare else {"languages": {}}
-    title = f"tokenizer: {result['pieces']} ids, on held-out text"
+    title = f"tokenizer: {result['settings']['kind']}, {result['pieces']} ids, on held-out text"
     if compare:
         title += f"; against {other['folder']}: {other['pieces']} ids"
     table = Table(title=title, **LOOK)

@@ -32,6 +32,7 @@ LEVELS = {
     "xlscale.checkpoint": 3,
     "xlscale.training": 4,
     "xlscale.charts": 5,
+    "xlscale.page": 5,
     "xlscale.run_folder": 5,
     "xlscale.report": 5,
     "xlscale.report_data": 5,
@@ -39,11 +40,14 @@ LEVELS = {
     "xlscale.cli_data": 6,
 }
 FOR_PIPELINES = (
+    "xlscale.charts",
+    "xlscale.page",
     "xlscale.data.shards",
     "xlscale.data.shard_writer",
     "xlscale.data.remote",
     "xlscale.languages",
     "xlscale.tokenizer",
+    "xlscale.tokenizer_bpe",
     "xlscale.__version__",
 )
 WITHOUT_TORCH = ("xlscale.config", "xlscale.languages", "xlscale.tokenizer", "xlscale.data", "xlscale.cli")

@@ -12,7 +12,8 @@ import pytest
 
 from data_pipelines.__main__ import main
 from data_pipelines.archives import find_archives
-from data_pipelines.config import ReadConfig, RecipeError, load_recipe
+from data_pipelines.config import ReadConfig, RecipeError
+from data_pipelines.config_load import load_recipe
 from data_pipelines.recipe import described, key_of
 from data_pipelines.steps import fetch
 from data_pipelines.steps.fetch import FetchError, at_hand, retry
@@ -188,7 +189,8 @@ def test_archives_are_known_by_content_and_remote_ones_by_address(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.warc.gz").write_bytes(b"same")
-    local = [key_of(config, [described(str(tmp_path / name / "x.warc.gz"))]) for name in "ab"]
-    remote = [key_of(config, [described(f"http://{name}.test/x.warc.gz")]) for name in "ab"]
+    cache = tmp_path / "digests.json"
+    local = [key_of(config, described([str(tmp_path / name / "x.warc.gz")], cache)) for name in "ab"]
+    remote = [key_of(config, described([f"http://{name}.test/x.warc.gz"], cache)) for name in "ab"]
     assert local[0] == local[1]
     assert len({*local, *remote}) == 3

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.__main__ import main
-from data_pipelines.config import load_recipe
+from data_pipelines.config_load import load_recipe
+from data_pipelines.config_rules import STEPS
 from data_pipelines.steps.document import drop, dropped
-from data_pipelines.steps.join import repeats
+from data_pipelines.steps.join import mark_repeats
 from data_pipelines.steps.paragraphs import DropRepeatedParagraphs, paragraph_key
 from tests.test_pipeline_steps import archive, declarations, document, page, record
 from xlscale.data.shards import Corpus
@@ -78,8 +79,12 @@ def test_repeats_are_all_but_the_first_over_many_blocks(memory):
     keys = np.random.default_rng(3).integers(0, 40_000, 200_000).astype(np.uint64)
     keys[::5] = 7
     marks = np.zeros(len(keys), np.uint8)
-    repeats(keys, memory, marks)
+    mark_repeats(keys, memory, marks)
     assert np.flatnonzero(marks == 0).tolist() == sorted(np.unique(keys, return_index=True)[1].tolist())
+
+
+PLACE = STEPS.index("near") + 1
+WITH_PARAGRAPHS = f"steps={[*STEPS[:PLACE], 'paragraphs', *STEPS[PLACE:]]}"
 
 
 def test_recipe_takes_paragraphs_out_when_asked_and_gives_the_same_bytes_with_two_workers(tmp_path):
@@ -102,15 +107,15 @@ def test_recipe_takes_paragraphs_out_when_asked_and_gives_the_same_bytes_with_tw
         text = "\n".join(d["text"] for code in corpus.languages for d in corpus.read(code))
         return json.loads((out / "report.json").read_text()), text, out
 
-    assert not load_recipe(tmp_path / "r.toml").deduplicate.paragraphs
+    assert "paragraphs" not in load_recipe(tmp_path / "r.toml").steps
     before, text, _ = run("before")
     assert text.count(notice.strip()) > 10
     assert "repeated" not in before["languages"]["en_XX"]["characters"]
-    after, text, out = run("after", "deduplicate.paragraphs=true", "run.sort_memory_mib=1")
+    after, text, out = run("after", WITH_PARAGRAPHS, "run.sort_memory_mib=1")
     assert text.count(notice.strip()) <= 2  # one of each language
     assert after["languages"]["en_XX"]["characters"]["repeated"] > 5 * len(notice)
     assert after["total"]["read"] == before["total"]["read"]
-    again, same, other = run("again", "deduplicate.paragraphs=true", "run.workers=2")
+    again, same, other = run("again", WITH_PARAGRAPHS, "run.workers=2")
     assert (again["fingerprint"], same) == (after["fingerprint"], text)
     for path in (out / "heldout").glob("*"):
         assert path.read_bytes() == (other / "heldout" / path.name).read_bytes()

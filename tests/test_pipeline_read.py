@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_pipelines.config import ReadConfig
+from data_pipelines.config import ExtractConfig, IdentifyConfig, ReadConfig
 from data_pipelines.steps.extract import ExtractText
 from data_pipelines.steps.identify import IdentifyLanguage
 from tests.test_pipeline_steps import PAGES, archive, declarations, page, read, record
@@ -26,7 +26,7 @@ def conversion(url: str, text: bytes) -> bytes:
 
 def extracted(path: Path, tmp_path: Path, **settings: int):
     """The documents of an archive as they leave the extraction."""
-    return list(ExtractText(10.0, 1024).run(iter(read(path, tmp_path, **settings)[0])))
+    return list(ExtractText(ExtractConfig()).run(iter(read(path, tmp_path, **settings)[0])))
 
 
 def test_wet_and_warc_of_the_same_pages_give_the_same_text_and_language(tmp_path):
@@ -39,7 +39,7 @@ def test_wet_and_warc_of_the_same_pages_give_the_same_text_and_language(tmp_path
     wet = [info, *(conversion(url, text.encode()) for url, text in texts.items())]
     found = {}
     for path in (pages, archive(tmp_path / "a.warc.wet.gz", wet)):
-        documents = IdentifyLanguage([], 0.95, 90, 80).run(iter(extracted(path, tmp_path)))
+        documents = IdentifyLanguage(IdentifyConfig()).run(iter(extracted(path, tmp_path)))
         found[path] = [(d.metadata["url"], d.metadata["language"], d.text.split()) for d in documents]
     assert found[pages] == found[tmp_path / "a.warc.wet.gz"]
     assert [language for _, language, _ in found[pages]] == ["de_DE", "fr_XX", "ru_RU", "ja_XX", "ar_AR"]
@@ -68,7 +68,7 @@ def test_cut_wet_file_is_noticed(tmp_path):
 def test_page_in_an_old_charset_comes_out_as_its_language(name, charset, language, tmp_path):
     text = declarations()[name][0][:4000].encode(charset, "ignore").decode(charset)
     path = archive(tmp_path / "a.warc.gz", [record("http://a.test/", page(text).encode(charset))])  # not declared
-    (found,) = IdentifyLanguage([], 0.95, 90, 80).run(iter(extracted(path, tmp_path)))
+    (found,) = IdentifyLanguage(IdentifyConfig()).run(iter(extracted(path, tmp_path)))
     assert found.metadata["language"] == language
     assert found.text.split() == text.split()
 
@@ -168,3 +168,29 @@ def test_packed_record_of_gigabytes_is_damage_and_not_memory(pack, tmp_path):
     assert len(documents) == 1
     assert "member of more than 268435456 bytes" in found["faults"][0]["fault"]
     assert peak < 400 << 20
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_archive_with_a_dictionary_of_its_own_is_read_and_its_damage_noticed(packed, tmp_path):
+    dictionary = zstandard.train_dictionary(8192, [one[i : i + 200] for one in PAGES for i in range(0, 400, 10)])
+    packer = zstandard.ZstdCompressor(dict_data=dictionary, write_checksum=True)
+    content = zstd(dictionary.as_bytes()) if packed else dictionary.as_bytes()
+    head = b"\x5d\x2a\x4d\x18" + len(content).to_bytes(4, "little") + content
+    frames = [packer.compress(one) for one in PAGES]
+    assert sum(map(len, frames)) < sum(len(zstd(one)) for one in PAGES)
+    path = tmp_path / "a.warc.zst"
+    path.write_bytes(head + b"".join(frames))
+    documents, found = read(path, tmp_path, max_faults=0)
+    assert [d.metadata["url"] for d in documents] == [f"http://a.test/{i}" for i in range(10)]
+    assert [d.metadata["offset"] for d in documents][:2] == [len(head), len(head) + len(frames[0])]
+    flipped = bytearray(path.read_bytes())
+    flipped[len(head) + len(frames[0]) + 30] ^= 0x10
+    path.write_bytes(flipped)
+    documents, found = read(path, tmp_path)
+    assert [d.metadata["url"][-1] for d in documents] == list("023456789")
+    assert [fault["offset"] for fault in found["faults"]] == [len(head) + len(frames[0])]
+    for broken in (head[:50], head[:8] + b"x" * len(content) + b"".join(frames)):
+        path.write_bytes(broken)
+        documents, found = read(path, tmp_path)
+        assert documents == []
+        assert "broken dictionary" in found["faults"][0]["fault"]

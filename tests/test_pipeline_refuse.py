@@ -6,7 +6,8 @@ import json
 import pytest
 
 from data_pipelines.__main__ import main
-from data_pipelines.config import RecipeError, load_recipe
+from data_pipelines.config import RecipeError
+from data_pipelines.config_load import load_recipe
 from data_pipelines.steps.refuse import Blocklist, RefusePages, header_directives, page_directives
 from tests.test_pipeline import recipe
 from tests.test_pipeline_steps import archive, declarations, document, page, read, record

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tempfile
 from collections import Counter
 from functools import cache
@@ -11,14 +12,21 @@ from typing import Any
 import pytest
 from datatrove.data import Document
 
-from data_pipelines.config import DeduplicateConfig, FilterConfig, HeldoutConfig, ReadConfig
+from data_pipelines.config import (
+    DeduplicateConfig,
+    ExtractConfig,
+    FilterConfig,
+    HeldoutConfig,
+    IdentifyConfig,
+    ReadConfig,
+)
 from data_pipelines.steps.document import REASONS, drop, dropped
 from data_pipelines.steps.duplicates import DropExactDuplicates, DropNearDuplicates, SignDocuments
 from data_pipelines.steps.extract import ExtractText, find_charset, normalise
 from data_pipelines.steps.filter import FilterQuality, letters
 from data_pipelines.steps.holdout import HoldOut
 from data_pipelines.steps.identify import IdentifyLanguage, Vote, decide
-from data_pipelines.steps.read import DamagedArchiveError, ReadArchives
+from data_pipelines.steps.read import ReadArchives
 
 SAMPLE = Path(__file__).parents[1] / "data_pipelines/sample"
 
@@ -55,7 +63,7 @@ def declarations() -> dict[str, tuple[str, str, str]]:
     """name of the declaration -> (text, label or reason, charset), from the sample."""
     with tempfile.TemporaryDirectory() as folder:
         step = ReadArchives([str(SAMPLE / "udhr.warc.gz")], ReadConfig(archives=[]), Path(folder), Path(folder))
-        data = IdentifyLanguage([], 0.95, 90, 80).run(ExtractText(10.0, 1024).run(step.run()))
+        data = IdentifyLanguage(IdentifyConfig()).run(ExtractText(ExtractConfig()).run(step.run()))
         return {
             d.metadata["url"].split("/")[-1].removesuffix(".html"): (
                 d.text, d.metadata.get("language") or d.metadata["dropped"], d.metadata["charset"])
@@ -117,8 +125,7 @@ def test_record_with_a_wrong_length_is_noticed_and_the_next_one_read(tmp_path, l
 def test_more_faults_than_allowed_stop_the_archive(tmp_path):
     path = archive(tmp_path / "a.warc.gz", PAGES)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DamagedArchiveError, match=r"a\.warc\.gz has 1 damaged .* read\.max_faults = 0"):
-        read(path, tmp_path, max_faults=0)
+    assert re.search(r"a\.warc\.gz has 1 damaged .* read\.max_faults = 0", read(path, tmp_path, max_faults=0)[1]["bad"])
 
 
 def test_pages_that_are_none_are_dropped_with_the_reason(tmp_path):
@@ -130,7 +137,7 @@ def test_pages_that_are_none_are_dropped_with_the_reason(tmp_path):
         record("http://a.test/good", page("Good. " * 40).encode()),
     ]
     documents, _ = read(archive(tmp_path / "a.warc.gz", records), tmp_path, max_page_bytes=1500)
-    documents = list(ExtractText(10.0, 1024).run(iter(documents)))
+    documents = list(ExtractText(ExtractConfig()).run(iter(documents)))
     reasons = [d.metadata.get("dropped") for d in documents]
     assert reasons == ["not_ok", "not_html", "too_large", "empty", None]
 
@@ -179,7 +186,7 @@ def test_charset_of_a_page_is_found(name, charset, header, meta):
 def test_page_that_takes_too_long_or_too_much_is_dropped_and_the_next_one_read():
     bomb = b"<div>" * 60_000 + b"x" + b"</div>" * 60_000
     large = b"<p>hello world</p>\n" * 300_000
-    step = ExtractText(0.5, 64)
+    step = ExtractText(ExtractConfig(timeout_seconds=2, memory_mib=64))
     pages = [bomb, large, page("Good. " * 40).encode()]
     documents = [document("", payload=payload, charset="") for payload in pages]
     reasons = [d.metadata.get("dropped") for d in step.run(iter(documents))]
@@ -194,19 +201,19 @@ def test_normalised_text_has_no_control_characters_and_can_be_written():
 
 def test_identifiers_that_disagree_drop_the_page():
     sure, unsure = 1.0, 0.4
-    assert decide(Vote("de", sure), Vote("de", sure), 0.95, 0.9) == ("de_DE", "")
-    assert decide(Vote("zh", sure), Vote("zh-Hant", sure), 0.95, 0.9) == ("zh_TW", "")
-    assert decide(Vote("nb", unsure), Vote("no", 0.5), 0.95, 0.9) == ("no_XX", "")
-    assert decide(Vote("ms", sure), Vote("id", 0.99), 0.95, 0.9) == ("id_ID", "")
-    assert decide(Vote("ku", sure), Vote("un", 0.0), 0.95, 0.9) == ("ku_TR", "")
-    assert decide(Vote("ms", sure), Vote("id", 0.6), 0.95, 0.9) == (None, "language_uncertain")
-    assert decide(Vote("et", sure), Vote("kl", 0.99), 0.95, 0.9) == (None, "language_unsupported")
-    assert decide(Vote("un", 0.0), Vote("un", 0.0), 0.95, 0.9) == (None, "language_unsupported")
+    assert decide(Vote("de", sure), Vote("de", sure), lambda _: (0.95, 0.9)) == ("de_DE", "")
+    assert decide(Vote("zh", sure), Vote("zh-Hant", sure), lambda _: (0.95, 0.9)) == ("zh_TW", "")
+    assert decide(Vote("nb", unsure), Vote("no", 0.5), lambda _: (0.95, 0.9)) == ("no_XX", "")
+    assert decide(Vote("ms", sure), Vote("id", 0.99), lambda _: (0.95, 0.9)) == ("id_ID", "")
+    assert decide(Vote("ku", sure), Vote("un", 0.0), lambda _: (0.95, 0.9)) == ("ku_TR", "")
+    assert decide(Vote("ms", sure), Vote("id", 0.6), lambda _: (0.95, 0.9)) == (None, "language_uncertain")
+    assert decide(Vote("et", sure), Vote("kl", 0.99), lambda _: (0.95, 0.9)) == (None, "language_unsupported")
+    assert decide(Vote("un", 0.0), Vote("un", 0.0), lambda _: (0.95, 0.9)) == (None, "language_unsupported")
 
 
 def test_page_in_two_languages_keeps_the_paragraphs_of_the_main_one():
     german, english = declarations()["deu_1996"][0], declarations()["eng"][0]
-    step = IdentifyLanguage([], 0.95, 90, 80)
+    step = IdentifyLanguage(IdentifyConfig())
     mixed = document(german[:6000] + "\n" + english[:2500])
     step.process(mixed)
     assert mixed.metadata["language"] == "de_DE"
@@ -217,7 +224,7 @@ def test_page_in_two_languages_keeps_the_paragraphs_of_the_main_one():
 
 def test_unwanted_language_is_dropped():
     unwanted = document(declarations()["fra"][0])
-    IdentifyLanguage(["de_DE"], 0.95, 90, 80).process(unwanted)
+    IdentifyLanguage(IdentifyConfig(languages=["de_DE"])).process(unwanted)
     assert unwanted.metadata["dropped"] == "language_unwanted"
 
 
@@ -301,4 +308,4 @@ def test_first_reason_stays_and_every_reason_is_explained():
     assert bad.metadata["dropped"] == "code"
     with pytest.raises(AssertionError):
         drop(bad, "no_such_reason")
-    assert all(REASONS.values())
+    assert all(meaning for reasons in REASONS.values() for meaning in reasons.values())

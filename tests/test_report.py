@@ -254,25 +254,26 @@ def test_a_gap_lifts_the_pen_and_a_lone_point_still_shows() -> None:
     assert drawn.count("M") == 2 and drawn.count("L") == 1 and drawn.endswith("h0.1")
 
 
+def browsed(page: Path, profile: Path, script: str, scheme: str = "light") -> str:
+    """The document as a browser has it after a script at its end; it must not complain of anything."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+    flags += [f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", "--dump-dom"]
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("</script></body>", f"{script}</script></body>"), encoding="utf-8")
+    done = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_real_browser_shows_it_without_a_complaint(tmp_path: Path, scheme: str) -> None:
-    page = write_report(make_run(tmp_path))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    flags += [
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=2000",
-    ]
-    flags += [f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", "--dump-dom"]
     # A click sorts the table of languages; what the page looks like afterwards is read from the DOM.
-    text = page.read_text(encoding="utf-8")
     click = 'document.querySelectorAll("#languages ~ .card button")[1].click();'
     probe = "document.title = getComputedStyle(document.body).backgroundColor;"
-    page.write_text(text.replace("</script></body>", f"{click}{probe}</script></body>"), encoding="utf-8")
-    done = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert 'aria-sort="descending"' in done.stdout
-    background = re.search(r"<title>rgb\((\d+)", done.stdout)
+    shown = browsed(write_report(make_run(tmp_path)), tmp_path / "profile", click + probe, scheme)
+    assert 'aria-sort="descending"' in shown
+    background = re.search(r"<title>rgb\((\d+)", shown)
     assert background and (int(background[1]) < 60) == (scheme == "dark")

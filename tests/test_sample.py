@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastwarc import ArchiveIterator, WarcRecordType
 
+from data_pipelines.steps.letters import language_of_letters
 from tests.test_pipeline_steps import SAMPLE, declarations
 from xlscale.languages import from_iso
 
@@ -52,6 +53,16 @@ def test_languages_of_the_declarations_are_found():
     assert len(gold) >= 100
     assert len(set(gold.values())) >= 80
     assert len(wrong) <= 0.03 * len(gold), wrong
+
+
+def test_letters_of_one_language_are_found_in_no_other():
+    found = {name: language_of_letters(text) for name, (text, _, _) in declarations().items()}
+    assert {name: code for name, code in found.items() if code} == {
+        "azj_cyrl": "az_AZ", "jav_java": "jv_ID", "san_gran": "sa_IN", "mly_arab": "ms_MY",
+    }  # fmt: skip
+    assert declarations()["azj_cyrl"][1] == "az_AZ"
+    quoted = declarations()["deu_1996"][0][:2000] + " ڠ"
+    assert language_of_letters(quoted) is None
 
 
 def test_languages_that_xlmr_lacks_are_dropped():

@@ -1,11 +1,11 @@
-"""Charts as inline SVG, and tables: pure functions of numbers to text; colours are the page's CSS variables.
+"""Charts as inline SVG: pure functions of numbers to text; colours are the page's CSS variables.
 
 A point is (step, value); a value of None is a gap. Everything that comes from outside is escaped.
 """
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -19,6 +19,16 @@ class Series:
     points: Sequence[Point]
     style: str = "line"
     """CSS class of the line: "line" strong, "raw" faint, "second" in the other colour."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many there are in each bin: below edges[0], from edges[i - 1] to below edges[i], from edges[-1] on."""
+
+    name: str
+    values: Sequence[int]
+    style: str = "line"
+    """CSS class of the columns: "line" or "second"."""
 
 
 @dataclass(frozen=True)
@@ -154,47 +164,57 @@ def mini_chart(name: str, points: Sequence[Point], low: float, high: float, span
     )
 
 
-def bar(share: float, style: str = "") -> str:
-    """A horizontal bar of a table cell; `share` from 0 to 1 is its length."""
-    return f'<i class="bar {escape(style)}" style="width:{100 * max(0.0, min(1.0, share)):.1f}%"></i>'
+def histogram(title: str, edges: Sequence[float], counts: Sequence[Counts], form: Callable[[float], str]) -> str:
+    """Columns over the bins, one kind on top of the other; empty bins at both ends are left out.
+
+    `form` writes an edge.
+    """
+    bins = [sum(values) for values in zip(*(kind.values for kind in counts), strict=True)]
+    if not any(bins):
+        return _figure(title, '<p class="empty">nothing was counted</p>')
+    width, height, filled = 540, 220, [place for place, count in enumerate(bins) if count]
+    y_ticks = ticks(0.0, max(bins))
+    # A column of two bins at least: one would be as wide as the drawing.
+    first, end = filled[0], max(filled[-1] + 1, filled[0] + 2)
+    frame = _Frame(width, height, 52, 12, 14, 26, first, end, 0.0, y_ticks[-1])
+    parts = []
+    for tick in y_ticks:
+        y = frame.y(tick)
+        parts.append(f'<line class="grid" x1="{frame.left}" x2="{width - frame.right}" y1="{y}" y2="{y}"/>')
+        if tick == int(tick):
+            at = f'x="{frame.left - 6}" y="{y + 3.5:.1f}" text-anchor="end"'
+            parts.append(f'<text class="tick" {at}>{int(tick):,}</text>')
+    for edge in range(first, min(end, len(edges) + 1), math.ceil((end - first) / 9)):
+        if edge:
+            at = f'x="{frame.x(edge)}" y="{height - 8}" text-anchor="middle"'
+            parts.append(f'<text class="tick" {at}>{escape(form(edges[edge - 1]))}</text>')
+    for place in filled:
+        low = f"from {form(edges[place - 1])} " if place else ""
+        high = f"to below {form(edges[place])}" if place < len(edges) else "on"
+        told = ", ".join(f"{kind.name} {kind.values[place]:,}" for kind in counts if kind.values[place])
+        columns = _column(frame, place, [(kind.style, kind.values[place]) for kind in counts])
+        parts.append(f"<g>{columns}<title>{escape(f'{low}{high}: {told}')}</title></g>")
+    legend = ""
+    if len(counts) > 1:
+        keys = (f'<i class="{escape(kind.style)}"></i>{escape(kind.name)} {sum(kind.values):,}' for kind in counts)
+        legend = f'<p class="legend">{"".join(f"<span>{key}</span>" for key in keys)}</p>'
+    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return _figure(title, legend + svg)
 
 
-def table(
-    heads: Sequence[str],
-    rows: Iterable[str],
-    sums: Iterable[str] = (),
-    *,
-    sortable: bool = False,
-    numbers: Collection[int] = (),
-) -> str:
-    """A table; `sums` are its last rows, where sorting leaves them; `numbers` its right-aligned columns."""
-
-    def column(index: int, name: str) -> str:
-        inner = f"<button>{escape(name)}</button>" if sortable else escape(name)
-        return f"<th{' class=n' if index in numbers else ''}>{inner}</th>"
-
-    top = "".join(column(index, name) for index, name in enumerate(heads))
-    body = "".join(f"<tr>{row}</tr>" for row in rows) + "".join(f'<tr class="sum">{row}</tr>' for row in sums)
-    kind = ' class="sortable"' if sortable else ""
-    return f'<div class="card"><table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def cell(text: str, value: float | str | None = None, *, off: bool = False) -> str:
-    """A table cell; one with a value to sort by is a number."""
-    if value is None:
-        return f"<td>{escape(text)}</td>"
-    return f'<td class="n{" off" if off else ""}" data-value="{value}">{escape(text)}</td>'
-
-
-def head(title: str, text: str = "") -> str:
-    """The head of a page's section; `text` is HTML."""
-    name = title.partition(" ")[0].lower()
-    return f'<h2 id="{name}">{title}</h2>' + (f"<p>{text}</p>" if text else "")
-
-
-def absent(title: str, why: str) -> str:
-    """A section that has nothing to show."""
-    return head(title) + f'<p class="empty">{why}</p>'
+def mini_histogram(name: str, value: str, counts: Sequence[Counts], span: tuple[int, int]) -> str:
+    """A small multiple: columns over the bins from span[0] to below span[1], a name and a value."""
+    width, height = 168, 56
+    bins = [sum(values) for values in zip(*(kind.values for kind in counts), strict=True)]
+    frame = _Frame(width, height, 0, 0, 4, 2, *span, 0.0, max(bins))
+    drawn = "".join(
+        _column(frame, place, [(kind.style, kind.values[place]) for kind in counts]) for place in range(*span)
+    )
+    return (
+        f'<div class="mini"><b>{escape(name)}</b><span>{escape(value)}</span>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}: {escape(value)}">'
+        f'<line class="grid" x1="0" x2="{width}" y1="{height - 2}" y2="{height - 2}"/>{drawn}</svg></div>'
+    )
 
 
 def path(points: Sequence[Point], frame: "_Frame") -> str:
@@ -241,6 +261,18 @@ class _Frame:
 
     def id(self, title: str) -> str:
         return "clip-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title)
+
+
+def _column(frame: _Frame, place: int, parts: Sequence[tuple[str, int]]) -> str:
+    """The rectangles of one bin, as (CSS class, count), the first at the bottom."""
+    left, right, drawn, below = frame.x(place), frame.x(place + 1), "", 0
+    for style, count in parts:
+        top, floor = frame.y(below + count), frame.y(below)
+        if count:  # at least a line that can be seen
+            box = f'x="{left + 1:.1f}" y="{min(top, floor - 1):.1f}" width="{right - left - 2:.1f}"'
+            drawn += f'<rect class="{escape(style)}" {box} height="{max(1.0, floor - top):.1f}"/>'
+        below += count
+    return drawn
 
 
 def _marks(frame: _Frame, marks: Sequence[Mark]) -> list[str]:

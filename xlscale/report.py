@@ -6,12 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from xlscale import __version__
-from xlscale.charts import Mark, Point, Series, absent, bar, cell, head, line_chart, smooth, table
+from xlscale.charts import Mark, Point, Series, line_chart, smooth
+from xlscale.page import absent, bar, cell, head, table, tiles, whole_page
 from xlscale.report_data import corpus, damaged, languages
 from xlscale.run_folder import Run, read_run
 from xlscale.training.metrics import short, write_atomically
@@ -33,21 +32,9 @@ def write_report(run_dir: Path) -> Path:
 
 def page(run: Run) -> str:
     """The whole document."""
-    assets = files("xlscale")
-    css, js = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     sections = (header, losses, speed, languages, damaged, corpus, predictions, history, facts)
     body = "".join(section(run) for section in sections)
-    # The policy lets the browser fetch nothing: the page is whole by itself.
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{_t(run.name)} - xlscale</title>"
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
-        f"<style>\n{css}</style></head><body><main>{body}"
-        f"<footer>xlscale {__version__}, {_when(time.time())}</footer></main>"
-        f"<script>\n{js}</script></body></html>\n"
-    )
+    return whole_page(run.name, body, f", {_when(time.time())}")
 
 
 def header(run: Run) -> str:
@@ -60,7 +47,7 @@ def header(run: Run) -> str:
     seconds = sum(record.get("step_seconds") or 0.0 for record in run.records)
     resumes = sum(event["event"] == "resume" for event in run.events)
     speeds = [v for _, v in run.points("tokens_per_second") if v]
-    tiles = [
+    figures = [
         ("loss", _mean(run, "loss", tail, "{:.3f}"), f"mean of the last {tail} updates"),
         ("masked accuracy", _mean(run, "masked_accuracy", tail, "{:.1%}"), "of the same updates"),
         ("tokens", short(sum(record.get("tokens") or 0 for record in run.records)), "seen in training"),
@@ -68,13 +55,7 @@ def header(run: Run) -> str:
         ("time in updates", _duration(seconds), f"{resumes} resumes" if resumes != 1 else "1 resume"),
         ("skipped updates", str(last.get("skipped_updates", 0)), "not finite, or a spike"),
     ]
-    cells = "".join(
-        f"<div><span>{_t(name)}</span><b>{_t(value)}</b><small>{_t(note)}</small></div>" for name, value, note in tiles
-    )
-    return (
-        f"<h1>{_t(run.name)}</h1>"
-        f'<span class="state {"done" if done else "part"}">{state}</span><div class="tiles">{cells}</div>'
-    )
+    return f'<h1>{_t(run.name)}</h1><span class="state {"done" if done else "part"}">{state}</span>{tiles(figures)}'
 
 
 def losses(run: Run) -> str:

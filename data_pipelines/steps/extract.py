@@ -1,8 +1,11 @@
-"""Extract: a page's bytes to its main text, by Resiliparse, in a process with limits of time and memory."""
+"""Extract: a page's bytes to its main text, by Resiliparse or Trafilatura, in a process with limits of time and
+memory.
+"""
 
 import os
 import re
 import resource
+from collections.abc import Callable
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
@@ -11,6 +14,7 @@ from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
 from data_pipelines.children import die_with_parent
+from data_pipelines.config import ExtractConfig
 from data_pipelines.steps.clean import normalise
 from data_pipelines.steps.document import drop, dropped
 
@@ -25,13 +29,13 @@ class ExtractText(PipelineStep):
 
     type, name = "xlscale", "extract"
 
-    def __init__(self, timeout_seconds: float, memory_mib: int):
+    def __init__(self, config: ExtractConfig):
         super().__init__()
-        self.timeout_seconds, self.memory_mib = timeout_seconds, memory_mib
+        self.config = config
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        limit, limited = _Limited(self.memory_mib), ("", "")
-        with ExtractorSandbox(timeout=self.timeout_seconds, warmup_text=limited) as sandbox:
+        limit, limited = _Limited(self.config.method, self.config.memory_mib), ("", "")
+        with ExtractorSandbox(timeout=self.config.timeout_seconds, warmup_text=limited) as sandbox:
             for document in data:
                 payload = document.metadata.pop("payload", None)
                 if not dropped(document) and payload is None:
@@ -60,13 +64,14 @@ class ExtractText(PipelineStep):
 class _Limited:
     """extract() for the sandbox: limits the memory of the process it is first called in, returns errors."""
 
-    def __init__(self, memory_mib: int):
-        self.memory_mib, self.limited = memory_mib, False
+    def __init__(self, method: str, memory_mib: int):
+        self.method, self.memory_mib, self.limited = method, memory_mib, False
 
     def __call__(self, payload: bytes | str, declared: str) -> tuple[str, str] | Exception:
         if not self.limited:
             self.limited = True
             die_with_parent()
+            METHODS[self.method]("<p>Its imports take time and memory that no page is charged for.</p>")
             with open("/proc/self/statm") as file:  # noqa: PTH123
                 size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (size + self.memory_mib * 2**20,) * 2)
@@ -74,17 +79,28 @@ class _Limited:
             return "", ""
         assert isinstance(payload, bytes)
         try:
-            return extract(payload, declared)
+            return extract(payload, declared, self.method)
         except Exception as error:
             return error
 
 
-def extract(payload: bytes, declared: str = "") -> tuple[str, str]:
+def extract(payload: bytes, declared: str = "", method: str = "resiliparse") -> tuple[str, str]:
     """(main text, charset) of a page's bytes; `declared` is the charset of the HTTP header."""
     charset = find_charset(payload, declared)
-    html = bytes_to_str(payload, charset)
-    text = extract_plain_text(html, main_content=True, alt_texts=False) or ""
-    return normalise(text, c1=True), charset
+    return normalise(METHODS[method](bytes_to_str(payload, charset)), c1=True), charset
+
+
+def _resiliparse(html: str) -> str:
+    return extract_plain_text(html, main_content=True, alt_texts=False) or ""
+
+
+def _trafilatura(html: str) -> str:
+    import trafilatura  # an extra: config_load.py says so before anything runs
+
+    return trafilatura.extract(html, include_comments=False) or ""
+
+
+METHODS: dict[str, Callable[[str], str]] = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}
 
 
 def find_charset(payload: bytes, declared: str = "") -> str:

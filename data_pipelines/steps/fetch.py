@@ -3,15 +3,20 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from xlscale.data.remote import BLOCK, FetchError, Remote, is_url
 
 WAIT = 1.0  # seconds before the second attempt, twice as many before each further one, at most a minute
 
 T = TypeVar("T")
+
+
+class _NoRangesError(PermissionError):
+    """A server's way, so that asking again cannot help."""
 
 
 def read_remote(url: str, attempts: int) -> bytes:
@@ -31,6 +36,43 @@ def at_hand(archive: str, folder: Path, attempts: int) -> Iterator[Path]:
         retry(lambda: _download(archive, path), archive, attempts)
     yield path
     path.unlink()
+
+
+def read_ranges(places: Sequence[tuple[str, int, int]], attempts: int) -> list[bytes | str]:
+    """The bytes of (file or URL, first byte, bytes), all asked for at once; of what is not there, that it is not.
+
+    FetchError where the network fails, or a server knows no ranges.
+    """
+    got: dict[int, bytes | str] = {}
+
+    def ask() -> None:
+        failed = None
+        by_system = defaultdict[Any, list[tuple[int, str]]](list)
+        for number, (url, _, _) in enumerate(places):
+            if number not in got:
+                system, path = Remote().system(url)
+                by_system[system].append((number, path))
+        for system, asked in by_system.items():
+            starts = [places[number][1] for number, _ in asked]
+            ends = [places[number][1] + places[number][2] for number, _ in asked]
+            answers = system.cat_ranges([path for _, path in asked], starts, ends, on_error="return")
+            for (number, _), answer in zip(asked, answers, strict=True):
+                url, _, length = places[number]
+                if isinstance(answer, FileNotFoundError) or getattr(answer, "status", 0) == 416:
+                    got[number] = "the file is not there, or ends before it"
+                elif isinstance(answer, Exception):
+                    failed = answer
+                elif len(answer) > length:
+                    raise _NoRangesError(f"{url}: the server sends more than the {length} bytes that are asked for; "
+                                         f"read whole archives, or from a server that knows ranges")  # fmt: skip
+                else:
+                    got[number] = answer
+        if failed:
+            raise failed
+
+    if places:
+        retry(ask, places[0][0], attempts)
+    return [got[number] for number in range(len(places))]
 
 
 def _download(url: str, path: Path) -> None:

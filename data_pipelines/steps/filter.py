@@ -1,7 +1,9 @@
 """Filter: what is not text to learn from, by rules that hold in any script."""
 
+import functools
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 
 from datatrove.data import Document
@@ -19,12 +21,14 @@ SENTENCE = 40  # weighted letters from which a line is taken for a sentence
 
 def weight(text: str) -> int:
     """Length of a text in letters, comparable between scripts."""
-    return len(text) + (DENSE_WEIGHT - 1) * len(_DENSE.findall(text))
+    return len(text) if text.isascii() else len(text) + (DENSE_WEIGHT - 1) * len(_DENSE.findall(text))
 
 
+@functools.lru_cache(maxsize=1)
 def letters(text: str) -> float:
     """Share of letters, marks and digits in what is not space."""
-    signs = sum(not unicodedata.category(sign).startswith("M") for sign in _NO_LETTER.findall(text))
+    found = Counter(_NO_LETTER.findall(text))
+    signs = sum(count for sign, count in found.items() if not unicodedata.category(sign).startswith("M"))
     return 1 - signs / max(1, len("".join(text.split())))
 
 
@@ -67,7 +71,7 @@ RULES: dict[str, Callable[[str, FilterConfig], bool]] = {
 
 
 class FilterQuality(DocumentStep):
-    """Drops a document for the first of RULES that it breaks."""
+    """Drops a document for the first of RULES that it breaks; sets metadata["letters"], for the report."""
 
     name = "filter"
 
@@ -76,6 +80,7 @@ class FilterQuality(DocumentStep):
         self.config = config
 
     def process(self, document: Document) -> None:
+        document.metadata["letters"] = round(letters(document.text), 3)
         for reason, broken in RULES.items():
             if broken(document.text, self.config):
                 drop(document, reason)

@@ -3,6 +3,7 @@ are dropped.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
@@ -27,30 +28,40 @@ class HoldOut(PipelineStep):
         self.config, self.min_documents = config, min_documents
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        waiting: list[Document] = []
-        head = list(islice(self._kept(data, waiting), HEAD))
-        small = len(head) < self.min_documents
-        wanted = max(self.config.min_documents, sum(lot(d.id) < self.config.fraction for d in head))
-        wanted = min(wanted, self.config.max_documents, max(1, len(head) // 4), len(head) - 1)
-        chosen = {d.id for d in sorted(head, key=lambda d: (lot(d.id), d.id))[: max(0, wanted)]}
-        held = 0
-        for document in chain(waiting, data):
-            if not dropped(document):
-                if small:
-                    drop(document, "small_language")
-                late = len(chosen) == self.config.max_documents or lot(document.id) >= self.config.fraction
-                if document.id in chosen or (len(head) == HEAD and not late and held < self.config.max_documents):
-                    document.metadata["heldout"] = True
-                    held += 1
+        waiting: deque[Document] = deque()
+        for verdict in drawn(_kept(data, waiting), self.config, self.min_documents):
+            while dropped(waiting[0]):
+                yield waiting.popleft()
+            document = waiting.popleft()
+            if verdict == "heldout":
+                document.metadata["heldout"] = True
+            elif verdict:
+                drop(document, verdict)
             yield document
+        yield from waiting
 
-    @staticmethod
-    def _kept(data: Iterable[Document], waiting: list[Document]) -> Iterator[Document]:
-        """The kept documents; every one that is looked at waits in `waiting`."""
-        for document in data:
-            waiting.append(document)
-            if not dropped(document):
-                yield document
+
+def _kept(data: Iterable[Document], waiting: deque[Document]) -> Iterator[str]:
+    """The ids of the kept documents; every one that is looked at waits in `waiting`."""
+    for document in data:
+        waiting.append(document)
+        if not dropped(document):
+            yield document.id
+
+
+def drawn(ids: Iterator[str], config: HeldoutConfig, min_documents: int) -> Iterator[str]:
+    """For each document of a language, by its id: "heldout", "small_language", or "" for training."""
+    head = list(islice(ids, HEAD))
+    small = len(head) < min_documents
+    wanted = max(config.min_documents, sum(lot(name) < config.fraction for name in head))
+    wanted = min(wanted, config.max_documents, max(1, len(head) // 4), len(head) - 1)
+    chosen = set(sorted(head, key=lambda name: (lot(name), name))[: max(0, wanted)])
+    held = 0
+    for name in chain(head, ids):
+        late = len(chosen) == config.max_documents or lot(name) >= config.fraction
+        out = not small and (name in chosen or (len(head) == HEAD and not late and held < config.max_documents))
+        held += out
+        yield "small_language" if small else "heldout" if out else ""
 
 
 def lot(document_id: str) -> float:

@@ -13,17 +13,11 @@ from datatrove.data import Document
 
 from data_pipelines.steps.document import DocumentStep, drop
 from data_pipelines.steps.filter import weight
+from data_pipelines.steps.lines import CLOSING, ENDS, LINE_END, kept_lines
 from data_pipelines.steps.thresholds import Thresholds, thresholds
 from data_pipelines.steps.words import is_unspaced, pieces, words
 
-# What ends a sentence, in Latin, Greek, Arabic, Indic, Ethiopic, Khmer, Burmese, Tibetan, Armenian, Chinese writing.
-_ENDS = (
-    r".!?\u2026\u037e\u0589\u061f\u06d4\u0964\u0965\u1362\u1367\u1368\u17d4\u17d5\u104a\u104b\u0f0d\u0f0e"
-    r"\u3002\uff01\uff0e\uff1f\uff61\u203c\u2047-\u2049"
-)
-_CLOSING = r"\"'\u201d\u2019\u00bb\u203a)\]\u300d\u300f\uff09\u3011\u3009\u300b"
-_SENTENCE_END = re.compile(f"[{_ENDS}]+[{_CLOSING}]*(?=\\s|$|[^\\x00-\\u02ff])")
-_LINE_END = re.compile(f"[{_ENDS}{_CLOSING}]$")  # FineWeb takes quotation marks too
+_SENTENCE_END = re.compile(f"[{ENDS}]+[{CLOSING}]*(?=\\s|$|[^\\x00-\\u02ff])")
 _ELLIPSIS = re.compile(r"\.\.\.|…")
 _BULLETS = ("-", "*", "•", "‣", "▪", "●", "○", "◦", "■", "□", "\u2013", "·")
 _LOREM = re.compile(r"lorem ipsum", re.IGNORECASE)
@@ -168,6 +162,10 @@ RULES: dict[str, dict[str, Callable[[Measures, Thresholds], bool]]] = {
             m.repeated_grams(size) > getattr(t, f"max_repeated_{size}_grams") for size in range(5, 11)
         ),
     },
+    # The lines that break C4's rules are taken out before.
+    "c4_lines": {
+        "c4_no_lines": lambda m, t: not m.lines,
+    },
     "c4": {
         "c4_lorem_ipsum": lambda m, t: bool(_LOREM.search(m.text)),
         "c4_curly_bracket": lambda m, t: "{" in m.text,
@@ -177,7 +175,7 @@ RULES: dict[str, dict[str, Callable[[Measures, Thresholds], bool]]] = {
         "mc4_few_long_lines": lambda m, t: sum(weight(line) >= LONG for line in m.lines) < t.min_long_lines,
     },
     "fineweb": {
-        "fineweb_ended_lines": lambda m, t: m.of_lines(_LINE_END.search) < t.min_ended_lines,
+        "fineweb_ended_lines": lambda m, t: m.of_lines(LINE_END.search) < t.min_ended_lines,
         "fineweb_short_lines": lambda m, t: m.of_lines(lambda line: weight(line) <= SHORT) > t.max_short_lines,
         "fineweb_duplicate_lines": lambda m, t: repeated_characters(m.lines) > t.max_duplicate_characters,
         "fineweb_line_breaks": lambda m, t: m.per_word(len(m.lines) - 1) > t.max_line_breaks,
@@ -186,7 +184,10 @@ RULES: dict[str, dict[str, Callable[[Measures, Thresholds], bool]]] = {
 
 
 class CheckQuality(DocumentStep):
-    """Drops a document for the first rule of the recipe's sets that it breaks, by its language's thresholds."""
+    """Drops a document for the first rule of the recipe's sets that it breaks, by its language's thresholds.
+
+    With c4_lines it takes lines out before, and sets metadata["removed_lines"]: how many.
+    """
 
     name = "quality"
 
@@ -196,7 +197,10 @@ class CheckQuality(DocumentStep):
         self.thresholds = thresholds(path)
 
     def process(self, document: Document) -> None:
-        measures, limits = Measures(document.text), self.thresholds[document.metadata["language"]]
+        limits = self.thresholds[document.metadata["language"]]
+        if "c4_no_lines" in self.rules:
+            document.text, document.metadata["removed_lines"] = kept_lines(document.text, limits)
+        measures = Measures(document.text)
         for reason, broken in self.rules.items():
             if broken(measures, limits):
                 drop(document, reason)

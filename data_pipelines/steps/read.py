@@ -1,4 +1,4 @@
-"""Read: archives to documents, one task each; what is damaged in them is counted, and stops beyond a budget."""
+"""Read: archives to documents; what is damaged in them is counted, and an archive beyond its budget is left out."""
 
 import hashlib
 import re
@@ -11,12 +11,12 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from fastwarc import WarcRecord, WarcRecordType
 
-from data_pipelines.children import die_with_pool
 from data_pipelines.config import ReadConfig
 from data_pipelines.progress import Heartbeat
 from data_pipelines.steps.corpora import kind_of, language_of_path, rows
 from data_pipelines.steps.document import document_id, drop, write_lines
 from data_pipelines.steps.fetch import at_hand
+from data_pipelines.steps.index import Found, Place, indexed
 from data_pipelines.steps.warc import records
 from xlscale.data.remote import is_url
 from xlscale.languages import from_iso
@@ -33,7 +33,9 @@ class ReadArchives(PipelineStep):
     """Yields a document per page of this task's archives.
 
     The bytes of a response record are in metadata["payload"]; a conversion record (WET) and a corpus have text.
-    What was found in each archive (records by type, damaged places) is written to `folder`/<task>.jsonl.
+    What was found in each archive (records by type, damaged places) is written to `folder`/<task>.jsonl. One with too
+    many of these is left at that place and noted as bad: CollectDocuments drops the documents that came before, known
+    by metadata["source"], the number of their archive.
     """
 
     type, name = "xlscale", "read"
@@ -43,17 +45,26 @@ class ReadArchives(PipelineStep):
         self.archives, self.config, self.folder, self.heartbeat = archives, config, folder, heartbeat
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        die_with_pool()
-        found = []
-        for archive in self.archives[rank::world_size]:
+        found, total = list[dict[str, Any]](), len(self.archives)
+        # Side by side, so that documents come in the order of the archives however many a task has.
+        for number in range(total * rank // world_size, total * (rank + 1) // world_size):
+            archive = self.archives[number]
             with at_hand(archive, self.folder / "fetched", self.config.attempts) as path:
                 size = path.stat().st_size
-                heartbeat = Heartbeat(self.heartbeat / f"read-{rank:05d}", size)
-                row: dict[str, Any] = {"archive": archive, "bytes": size, "records": {}, "faults": []}
+                heartbeat = Heartbeat(self.heartbeat / f"read-{rank:05d}", size, sum(row["bytes"] for row in found))
+                row: dict[str, Any] = {
+                    "archive": archive, "source": number, "bytes": size, "records": {}, "faults": [], "bad": ""
+                }  # fmt: skip
                 if is_url(archive):
                     with path.open("rb") as file:
                         row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-                yield from self.archive(archive, path, row, heartbeat)
+                try:
+                    for document in self.archive(archive, path, row, heartbeat):
+                        document.metadata["source"] = number
+                        yield document
+                except DamagedArchiveError as error:
+                    row["bad"] = str(error)
+                row["records"] = dict(sorted(row["records"].items()))
                 heartbeat.beat(size)
             found.append(row)
         write_lines(self.folder / f"{rank:05d}.jsonl", found)
@@ -63,7 +74,12 @@ class ReadArchives(PipelineStep):
         kind, language = kind_of(name, self.config), None
         if self.config.language_from == "path":
             language = language_of_path(name)
-        documents = self.pages(name, path, row) if kind == "warc" else self.texts(name, path, kind, row)
+        if kind == "warc":
+            documents = self.pages((Found(Place(name, at, 0), found, at) for at, found in records(str(path))), row)
+        elif kind == "index":
+            documents = self.pages(indexed(str(path), self.config), row)
+        else:
+            documents = self.texts(name, path, kind, row)
         while True:
             with self.track_time():
                 document, done = next(documents, (None, 0))
@@ -73,7 +89,6 @@ class ReadArchives(PipelineStep):
                 document.metadata["language"] = language
             heartbeat.beat(done)
             yield document
-        row["records"] = dict(sorted(row["records"].items()))
 
     def fault(self, row: dict[str, Any], offset: int, what: str) -> None:
         """Count a damaged place; DamagedArchiveError if there are too many."""
@@ -86,19 +101,20 @@ class ReadArchives(PipelineStep):
                 f"({places}); fetch the archive anew, leave it out or raise read.max_faults"
             )
 
-    def pages(self, archive: str, path: Path, row: dict[str, Any]) -> Iterator[tuple[Document, int]]:
-        """The pages of a WARC or WET file, each with its place."""
-        for offset, record in records(str(path)):
+    def pages(self, found: Iterator[Found], row: dict[str, Any]) -> Iterator[tuple[Document, int]]:
+        """The pages of WARC or WET records, each with how far the file is read."""
+        for (archive, offset, _), record, done in found:
             if isinstance(record, str):
-                self.fault(row, offset, record)
+                where = "" if archive == row["archive"] else f"{archive}, byte {offset}: "
+                self.fault(row, done, f"{where}{record}")
                 continue
             kind = str(record.record_type)
             row["records"][kind] = row["records"].get(kind, 0) + 1
             if record.record_type == WarcRecordType.response and record.is_http:
-                yield self.page(record, archive, offset), offset
+                yield self.page(record, archive, offset), done
             elif record.record_type == WarcRecordType.conversion:
                 url, payload = self._content(record)
-                yield self.text(url, payload, archive, offset), offset
+                yield self.text(url, payload, archive, offset), done
 
     def texts(self, archive: str, path: Path, kind: str, row: dict[str, Any]) -> Iterator[tuple[Document, int]]:
         """The documents of a corpus, each with how much of the file is read up to it."""
@@ -127,7 +143,10 @@ class ReadArchives(PipelineStep):
     def page(self, record: WarcRecord, archive: str, offset: int) -> Document:
         """A response record as a document, marked as dropped if it is no page."""
         status, kind = record.http_headers.status_code, (record.http_content_type or "").strip().lower()
-        url, payload = self._content(record)
+        try:
+            (url, payload), broken = self._content(record), False
+        except (OSError, ValueError, RuntimeError):  # what FastWARC raises at a body that is not as encoded as it says
+            url, payload, broken = self._url(record), b"", True
         metadata = {"url": url, "archive": Path(archive).name, "offset": offset, "payload": payload}
         metadata["charset"] = record.http_charset or ""
         metadata["robots"] = "\n".join(v for k, v in record.http_headers.items() if k.lower() == "x-robots-tag")
@@ -138,6 +157,8 @@ class ReadArchives(PipelineStep):
             drop(document, "not_html")
         elif len(payload) > self.config.max_page_bytes:
             drop(document, "too_large")
+        elif broken:
+            drop(document, "broken_body")
         return document
 
     def text(self, url: str, content: bytes, archive: str, offset: int) -> Document:
@@ -152,8 +173,10 @@ class ReadArchives(PipelineStep):
 
     def _content(self, record: WarcRecord) -> tuple[str, bytes]:
         """Address and body of a record; of a body that is too large a byte more than is allowed."""
-        url = clean_url((record.headers.get("WARC-Target-URI") or "").strip("<>"))
-        return url, record.reader.read(self.config.max_page_bytes + 1)
+        return self._url(record), record.reader.read(self.config.max_page_bytes + 1)
+
+    def _url(self, record: WarcRecord) -> str:
+        return clean_url((record.headers.get("WARC-Target-URI") or "").strip("<>"))
 
 
 def field(fields: dict[str, Any], name: str) -> Any:

@@ -9,7 +9,7 @@ import difflib
 import functools
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,10 @@ class Thresholds:
     max_repeated_10_grams: float = 0.1
     min_sentences: int = 5
     """C4: fewest signs that end a sentence."""
+    need_line_end: int = 1
+    """C4's lines: whether only lines stay that end as a sentence does."""
+    min_line_words: int = 5
+    """C4's lines: fewest words of a line that stays."""
     min_long_lines: int = 3
     """mC4: fewest lines of at least 200 letters (a character of Han, Kana or Hangul counts for three)."""
     min_ended_lines: float = 0.12
@@ -88,7 +92,7 @@ _PIECES = {
         for size, share in zip(range(5, 11), (0.3, 0.28, 0.26, 0.24, 0.22, 0.2), strict=True)
     },
 }
-_NO_FULL_STOP = {"min_sentences": 0, "min_ended_lines": 0.0}  # a space stands where a sentence ends
+_NO_FULL_STOP = {"min_sentences": 0, "min_ended_lines": 0.0, "need_line_end": 0}  # a space stands where a sentence ends
 _SHORT = {"min_mean_word": 2.0}
 _LONG = {"max_mean_word": 15.0}
 _BUILT_IN: dict[str, dict[str, Any]] = {
@@ -176,10 +180,36 @@ def described(path: str) -> str:
 
 
 def _toml(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Sections [default] and [de_DE], ... of a TOML file."""
+    """The thresholds in a TOML file."""
     if not path.exists():
         return {}, [f"filter.thresholds: {path} does not exist (from {Path.cwd()}); give a TOML file, or a folder"
                     " with FineWeb-2's .yml files"]  # fmt: skip
+    return _sections(path, _wrong)
+
+
+def numbers(path: str, ranges: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
+    """A TOML file's numbers per language, those of [default] for all that it does not name; ThresholdError.
+
+    `ranges`: the numbers that a language may have, lowest and highest value of each.
+    """
+
+    def wrong(where: str, key: str, value: Any) -> str:
+        if key not in ranges:
+            return f"{where} unknown key {key}; there are {', '.join(ranges)}"
+        low, high = ranges[key]
+        fits = type(value) in (int, float) and low <= value <= high
+        return "" if fits else f"{where} {key} = {value!r} must be a number from {low:g} to {high:g}"
+
+    given, problems = _sections(Path(path), wrong)
+    if problems:
+        raise ThresholdError(problems)
+    everywhere = given.pop("default", {})
+    codes = LANGUAGES if everywhere else given
+    return {language: everywhere | given.get(language, {}) for language in codes}
+
+
+def _sections(path: Path, wrong: Callable[[str, str, Any], str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Sections [default] and [de_DE], ... of a TOML file, and what is wrong with them."""
     try:
         raw = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -191,7 +221,7 @@ def _toml(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
             problems.append(f"{path}: [{section}] is no language of xlscale.languages; write [{near}] or [default]")
             continue
         values |= {"stop_words": tuple(values["stop_words"])} if isinstance(values.get("stop_words"), list) else {}
-        problems += [found for key, value in values.items() if (found := _wrong(f"{path}: [{section}]", key, value))]
+        problems += [found for key, value in values.items() if (found := wrong(f"{path}: [{section}]", key, value))]
     return raw, problems
 
 

@@ -2,6 +2,7 @@
 
 import io
 import lzma
+import mmap
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,30 @@ CODECS = (
 # What the codecs raise at bytes that are not theirs; lz4 raises RuntimeError.
 BROKEN = (zlib.error, lzma.LZMAError, zstandard.ZstdError, RuntimeError)
 SUFFIXES = (".gz", ".zst", ".xz", ".lz4")
+
+
+_DICTIONARY = b"\x5d\x2a\x4d\x18"
+LARGEST_DICTIONARY = 1 << 26
+
+
+def find_dictionary(data: bytes | mmap.mmap) -> tuple[Codec, int] | None:
+    """(codec, where its first frame starts) of a .warc.zst that begins with the dictionary of its frames, else None.
+
+    As the IIPC's "WARC zstd compression 1.0" has it: in a frame that others skip, itself packed or not. BROKEN if the
+    dictionary cannot be had.
+    """
+    if data[: len(_DICTIONARY)] != _DICTIONARY:
+        return None
+    end = 8 + int.from_bytes(data[4:8], "little")
+    content = bytes(data[8 : min(end, 8 + LARGEST_DICTIONARY)])
+    if len(content) != end - 8:
+        raise zstandard.ZstdError("it is cut short or longer than 64 MiB")
+    if content.startswith(b"\x28\xb5\x2f\xfd"):
+        reader = zstandard.ZstdDecompressor().stream_reader(content)
+        content = reader.read(LARGEST_DICTIONARY)
+    dictionary = zstandard.ZstdCompressionDict(content, dict_type=zstandard.DICT_TYPE_FULLDICT)
+    unpacker = zstandard.ZstdDecompressor(dict_data=dictionary)
+    return Codec("zstd", b"\x28\xb5\x2f\xfd", unpacker.decompressobj, 1 << 10), end
 
 
 def find_codec(head: bytes) -> Codec | None:

@@ -10,14 +10,18 @@ import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fastwarc import ArchiveIterator, WarcRecord, WarcRecordType
 
-from data_pipelines.steps.unpack import BROKEN, Codec, find_codec
+from data_pipelines.steps.unpack import BROKEN, Codec, find_codec, find_dictionary
 
 END = b"\r\n\r\n"  # of headers, and of a record
 _CONTENT_LENGTH = re.compile(rb"^content-length:\s*(\d+)\s*$", re.IGNORECASE | re.MULTILINE)
+GZIP = b"\x1f\x8b"
+_CHUNKED = re.compile(rb"^transfer-encoding:[^\r\n]*chunked", re.IGNORECASE | re.MULTILINE)
+_GZIPPED = re.compile(rb"^content-encoding:[^\r\n]*gzip", re.IGNORECASE | re.MULTILINE)
+_CHUNK = re.compile(rb"\s*[0-9a-f]{1,8}\s*[;\r\n]", re.IGNORECASE)
 LARGEST_BLOCK = 1 << 22  # bytes after which every codec has given its first ones: lz4 waits for a block
 MAX_MEMBER = 1 << 28  # bytes of one gzip member, unpacked; a WARC has one record in each
 
@@ -38,15 +42,24 @@ def records(archive: str) -> Iterator[tuple[int, WarcRecord | str]]:
         yield 0, "the file is empty"
         return
     with Path(archive).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # Uncompressed, the archive is one stretch of bytes and an offset counts from its start.
-        codec = find_codec(data[:8])
-        stretches = members(data, codec) if codec else [Member(0, size, data, None)]
-        for member in stretches:
-            if member.fault:
-                yield member.start, member.fault
-                continue
-            for start, found in parse(member.content):
-                yield start if member.content is data else member.start, found
+        yield from records_in(data)
+
+
+def records_in(data: bytes | mmap.mmap) -> Iterator[tuple[int, WarcRecord | str]]:
+    """The same of an archive's bytes, or of a stretch of them."""
+    try:
+        codec, start = find_dictionary(data) or (find_codec(data[:8]), 0)
+    except BROKEN as error:
+        yield 0, f"a broken dictionary ({error}): nothing can be read without it"
+        return
+    # Uncompressed, the archive is one stretch of bytes and an offset counts from its start.
+    stretches = members(data, codec, start) if codec else [Member(0, len(data), data, None)]
+    for member in stretches:
+        if member.fault:
+            yield member.start, member.fault
+            continue
+        for start, found in parse(member.content):
+            yield start if member.content is data else member.start, found
 
 
 def parse(content: bytes | mmap.mmap) -> Iterator[tuple[int, WarcRecord | str]]:
@@ -74,17 +87,43 @@ def parse(content: bytes | mmap.mmap) -> Iterator[tuple[int, WarcRecord | str]]:
 def _record(content: bytes) -> WarcRecord | str:
     """The one record in these bytes, its HTTP headers read and its body to be unpacked; or what is wrong."""
     try:
-        record = next(iter(ArchiveIterator(BytesIO(content), parse_http=False, stream_detect=False)))
+        record = _parsed(content)
         if record.record_type in (WarcRecordType.response, WarcRecordType.request) and record.is_http:
-            record.parse_http(auto_decode="all")
+            try:
+                record.parse_http(auto_decode=_encodings(content))
+            except (
+                OSError,
+                ValueError,
+                RuntimeError,
+            ):  # an encoding that nobody knows, such as utf-8: a server's mistake, no damage
+                record = _parsed(content)
+                record.parse_http(auto_decode="none")
     except (StopIteration, OSError, ValueError, RuntimeError) as error:
         return f"a record whose headers cannot be read ({error})"
     return record
 
 
-def members(data: mmap.mmap, codec: Codec) -> Iterator[Member]:
-    """The compressed members; a broken one comes with its fault and reaches to the next that holds a record."""
-    start = 0
+def _parsed(content: bytes) -> WarcRecord:
+    return next(iter(ArchiveIterator(BytesIO(content), parse_http=False, stream_detect=False)))
+
+
+def _encodings(content: bytes) -> Literal["none", "content", "all"]:
+    """Which encodings of an HTTP body are to be undone: not those that its headers name and its bytes do not have.
+
+    Crawlers that unpack bodies keep the headers at times.
+    """
+    start = content.find(END) + len(END)
+    body = content.find(END, start) + len(END)
+    head = content[start:body]
+    chunked = bool(_CHUNKED.search(head))
+    plain = chunked and not _CHUNK.match(content[body : body + 32])
+    if (plain or not chunked) and _GZIPPED.search(head) and content[body : body + 2] != GZIP:
+        return "none"
+    return "content" if plain else "all"
+
+
+def members(data: bytes | mmap.mmap, codec: Codec, start: int = 0) -> Iterator[Member]:
+    """The compressed members from `start`; a broken one comes with its fault and reaches to the next with a record."""
     while start < len(data):
         member = _member(data, start, codec)
         if member.fault:
@@ -96,7 +135,7 @@ def members(data: mmap.mmap, codec: Codec) -> Iterator[Member]:
         start = member.end
 
 
-def _member(data: mmap.mmap, start: int, codec: Codec) -> Member:
+def _member(data: bytes | mmap.mmap, start: int, codec: Codec) -> Member:
     unpack = codec.start()
     parts: list[bytes] = []
     size, position = 0, start
@@ -115,7 +154,7 @@ def _member(data: mmap.mmap, start: int, codec: Codec) -> Member:
     return Member(start, position - len(unpack.unused_data or b""), b"".join(parts), None)
 
 
-def _holds_record(data: mmap.mmap, start: int, codec: Codec) -> bool:
+def _holds_record(data: bytes | mmap.mmap, start: int, codec: Codec) -> bool:
     """Whether a record starts here, or the few bytes of the magic stand here by chance."""
     unpack, head = codec.start(), b""
     try:

@@ -1,6 +1,6 @@
 """Words of a text in any script: by spaces and signs, and by characters where a script has no spaces.
 
-Han, Kana, Thai, Lao, Khmer, Myanmar and Tibetan have no spaces between words. There a piece is what is read
+Han, Kana, Thai, Lao, Khmer, Myanmar, Tibetan and Javanese have no spaces between words. There a piece is what is read
 as one (a character with all that stands on, under or around it; in Tibetan, where a dot ends each, a
 syllable), and a word is two of them: about as long as words are. Katakana writes names and loanwords: a run
 of it is one. No dictionary and no model, so it is the same everywhere and as fast as a regular expression.
@@ -27,8 +27,8 @@ HAN = "\u3005\u3007\u3105-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0002000
 HIRAGANA, KATAKANA = "\u3041-\u309f", "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 THAI_LAO = "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf"
 KHMER, MYANMAR = "\u1780-\u17d3\u17dd", "\u1000-\u103f\u1050-\u108f\u109a-\u109f\ua9e0-\ua9fe\uaa60-\uaa7f"
-TIBETAN = "\u0f00\u0f40-\u0fbc"
-UNSPACED = HAN + HIRAGANA + KATAKANA + THAI_LAO + KHMER + MYANMAR + TIBETAN
+TIBETAN, JAVANESE = "\u0f00\u0f40-\u0fbc", "\ua980-\ua9c0\ua9cf"
+UNSPACED = HAN + HIRAGANA + KATAKANA + THAI_LAO + KHMER + MYANMAR + TIBETAN + JAVANESE
 
 _BURMESE = rf"[\u1000-\u1021\u1025\u1027\u103f\u1050-\u1055\uaa60-\uaa6f](?:\u1039[\u1000-\u1021]|[{MARKS}])*"
 # script -> (piece, pieces in a word)
@@ -43,6 +43,8 @@ _SCRIPTS = {
     # With the consonants that end the syllable: an asat (103a) stands on them.
     "Myanmar": (rf"{_BURMESE}(?:[\u1000-\u1021]\u1037?\u103a[{MARKS}]*)*", 2),
     "Tibetan": (f"[{TIBETAN}]+", 1),
+    # A consonant with its vowel and, below the pangkon (a9c0), those that it is written together with.
+    "Javanese": (f"[\ua984-\ua9b2](?:\ua9c0[\ua984-\ua9b2]|[{MARKS}])*", 2),
 }  # fmt: skip
 _LETTER = rf"[^\W{UNSPACED}]"
 # Letters and digits with marks; apostrophes, hyphens and the like only between letters.

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
@@ -163,6 +164,29 @@ class ShardWriter:
         self.records.append(record)
         write_atomically(self.folder / MANIFEST, manifest_bytes(self.records))
         self._file, self._chunks, self._characters, self._bytes = None, [], 0, 0
+
+
+def join_shards(parts: list[Path], folder: Path) -> None:
+    """One new folder of the shards of a language in several, in their order, numbered anew; the same files under
+    other names.
+    """
+    folder.mkdir(parents=True)
+    records = list[ShardRecord]()
+    for part in parts:
+        for record in read_manifest(part):
+            renamed = record._replace(shard=f"{record.language}-{len(records):06d}.tar")
+            for name, to in ((record.shard, renamed.shard), (record.index_name, renamed.index_name)):
+                link(part / name, folder / to)
+            records.append(renamed)
+    write_atomically(folder / MANIFEST, manifest_bytes(records))
+
+
+def link(path: Path, to: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no links."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
 
 
 def lock_folder(folder: Path) -> IO[str]:
