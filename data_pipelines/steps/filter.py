@@ -24,6 +24,11 @@ def weight(text: str) -> int:
     return len(text) if text.isascii() else len(text) + (DENSE_WEIGHT - 1) * len(_DENSE.findall(text))
 
 
+def is_shorter(text: str, letters: int) -> bool:
+    """weight(text) < letters, which need not be counted where the characters are enough."""
+    return len(text) < letters and weight(text) < letters
+
+
 @functools.lru_cache(maxsize=1)
 def letters(text: str) -> float:
     """Share of letters, marks and digits in what is not space."""
@@ -46,7 +51,7 @@ def duplicate_lines(text: str) -> float:
 def short_lines(text: str) -> float:
     """Share of the lines that are too short for a sentence."""
     lines = _lines(text)
-    return sum(weight(line) < SENTENCE for line in lines) / max(1, len(lines))
+    return sum(is_shorter(line, SENTENCE) for line in lines) / max(1, len(lines))
 
 
 def code_lines(text: str) -> float:
@@ -61,7 +66,7 @@ def _lines(text: str) -> list[str]:
 
 # reason -> whether a text is to be dropped for it; the first that holds counts.
 RULES: dict[str, Callable[[str, FilterConfig], bool]] = {
-    "too_short": lambda text, cfg: weight(text) < cfg.min_characters,
+    "too_short": lambda text, cfg: is_shorter(text, cfg.min_characters),
     "too_long": lambda text, cfg: len(text) > cfg.max_characters,
     "too_few_letters": lambda text, cfg: letters(text) < cfg.min_letters,
     "duplicate_lines": lambda text, cfg: duplicate_lines(text) > cfg.max_duplicate_lines,

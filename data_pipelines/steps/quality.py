@@ -197,6 +197,8 @@ class CheckQuality(DocumentStep):
         self.thresholds = thresholds(path)
 
     def process(self, document: Document) -> None:
+        if not self.rules:
+            return
         limits = self.thresholds[document.metadata["language"]]
         if "c4_no_lines" in self.rules:
             document.text, document.metadata["removed_lines"] = kept_lines(document.text, limits)

@@ -11,7 +11,7 @@ from data_pipelines.config import Recipe
 from data_pipelines.steps.aside import DroppedDocuments
 from data_pipelines.steps.collect import document_of
 from data_pipelines.steps.document import drop, write_lines
-from data_pipelines.steps.filter import weight
+from data_pipelines.steps.filter import is_shorter
 from data_pipelines.steps.tally import Tally
 from data_pipelines.steps.units import Unit, UnitStep
 from data_pipelines.steps.write import shard_row
@@ -45,7 +45,7 @@ class VerifyShards(UnitStep):
             for document in Corpus.open(written, [language]).read(language):
                 assert document["id"] not in names, f"{language}: {document['id']} is in training and held out"
                 ids.update(document["id"].encode())
-                seen |= traces & {trace(line) for line in document["text"].split("\n") if weight(line) >= TRACE}
+                seen |= traces & {trace(line) for line in document["text"].split("\n") if not is_shorter(line, TRACE)}
         if ids.hexdigest() != json.loads((written / "tally.json").read_text("utf-8"))["ids"]:
             raise OSError(f"{written}: the shards do not read back as they were written; check the disk")
         (folder / "seen").write_bytes(b"".join(sorted(seen)))
@@ -74,7 +74,7 @@ def assemble_language(language: str, written: Path, verified: Path, work: Path, 
     for document in heldout_documents(written, language):
         # What stands in training is no test of it.
         document.text = "\n".join(line for line in document.text.split("\n") if trace(line) not in seen).strip()
-        if weight(document.text) < recipe.filter.min_characters:
+        if is_shorter(document.text, recipe.filter.min_characters):
             drop(document, "seen_in_training")
             tally.drop(document)
             aside.add(document)
