@@ -36,9 +36,18 @@ set -m
 deepspeed --log_level error --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "$port" \
   --module xlscale.cli train "$@" &
 group=$!
-trap 'kill -TERM -- "-$group" 2>/dev/null' TERM INT HUP
+# A signal goes to the training processes alone, which save and exit with a status (75: start it again) that the launcher
+# hands on. The launcher itself would end them one after the other and exit with 1. A second signal ends all at once.
+hand_on() {
+  trap 'kill -TERM -- "-$group" 2>/dev/null' TERM INT HUP USR1
+  pkill "-$1" -g "$group" -f -- '-m xlscale\.cli' || kill -TERM -- "-$group" 2>/dev/null
+}
+trap 'hand_on TERM' TERM INT HUP
+trap 'hand_on USR1' USR1
+# A trap ends a wait, and what it sent takes its time; bash keeps the status for the last one.
+while kill -0 "$group" 2>/dev/null; do
+  wait "$group" || true
+done
 status=0
 wait "$group" || status=$?
-# A trap ends the first wait; the second one waits for what the signal ended.
-wait "$group" 2>/dev/null || true
 exit "$status"

@@ -35,7 +35,7 @@ def refused(*arguments: str, **env: str) -> list[str]:
 
 def test_help_says_what_each_command_does() -> None:
     text = xlscale("--help").stdout
-    for name in ("train", "replay", "export", "import", "report"):
+    for name in ("train", "replay", "export", "reshard", "import", "report"):
         (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
         assert len(line.split()) > 3
         assert xlscale(name, "--help").returncode == 0
@@ -66,6 +66,7 @@ def test_all_problems_of_a_config_are_one_line_each() -> None:
         (("report", "runs/nowhere"), "runs/nowhere"),
         (("replay", "runs/nowhere/update-00000001.safetensors"), "does not exist; skipped updates are kept in"),
         (("export", "runs/nowhere", "--out", "runs/nowhere/hub"), "runs/nowhere"),
+        (("reshard", "runs/nowhere", "--dp", "2", "--tp", "1", "--out", "runs/nowhere"), "runs/nowhere"),
     ],
 )
 def test_a_path_that_does_not_exist_is_one_line(arguments: tuple[str, ...], expected: str) -> None:

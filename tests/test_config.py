@@ -212,6 +212,8 @@ def test_tokens_that_cannot_be_split_offloading_that_cannot_work_and_a_spike_of_
     assert "needs zero_stage = 3 and an offload_folder" in line
     (line,) = problems_of(small, "parallel.offload_folder=/tmp")
     assert "leave it out" in line
+    (line,) = problems_of(small, "checkpoint.every=100", "checkpoint.keep_every=250")
+    assert "checkpoint.keep_every = 250" in line and "the nearest are 200 or 300" in line
     (line,) = problems_of(small, "faults.spike_factor=0.5")
     assert "use 2.0 or more, or 0" in line
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from xlscale.checkpoint.head_names import HEAD_NAMES
-from xlscale.checkpoint.hub import write_hub_folder
+from xlscale.checkpoint.hub import hub_writer, write_alone, write_hub_folder
 from xlscale.checkpoint.hub_folder import read_hub_folder
 from xlscale.checkpoint.hub_names import HF_NAMES, hf_names, shapes_of, wildcards
 from xlscale.config_sections import ModelConfig
@@ -146,6 +146,29 @@ def test_folder_with_something_of_others_is_not_replaced(folder, extra):
     with pytest.raises(ValueError, match="holds what xlscale did not write; name another folder"):
         write(folder)
     assert (folder / extra).exists()
+
+
+def test_folder_with_our_card_is_replaced_until_somebody_edits_it(tmp_path):
+    def with_card(text):
+        return write_alone(hub_writer(tmp_path / "hub", MODEL, SHAPES), lambda name: (VALUES[name],), text)
+
+    with_card("first")
+    card = with_card("second\n") / "README.md"
+    assert card.read_text().startswith("second\n<!-- xlscale ")
+    card.write_text(card.read_text() + "by hand\n")
+    with pytest.raises(ValueError, match="holds what xlscale did not write"):
+        with_card("third")
+    assert card.read_text().endswith("by hand\n")
+
+
+def test_pieces_of_a_tensor_are_written_as_the_whole_and_must_be_all_of_it(tmp_path):
+    writer = hub_writer(tmp_path / "hub", MODEL, SHAPES)
+    write_alone(writer, lambda name: VALUES[name].split(3))
+    read = read_hub_folder(tmp_path / "hub")[2]
+    assert all(torch.equal(read(name), value) for name, value in VALUES.items())
+    for cut, shape in ((slice(0, -1), r"\(49, 16\)"), (slice(1, None), r"\(49, 16\)")):
+        with pytest.raises(ValueError, match=rf"word.weight has shape {shape}, not \(50, 16\)"):
+            write_alone(writer, lambda name, cut=cut: VALUES[name][cut].split(7))
 
 
 def test_folder_saved_by_others_and_a_file_are_not_replaced(folder, tmp_path):

@@ -90,13 +90,35 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder, as runs/demo/checkpoints/step-00000300.")],
     out: Annotated[Path, typer.Option(help="Folder to write: safetensors, config.json and the tokenizer.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Number format of the weights.")] = "fp32",
+    push_to: Annotated[
+        str, typer.Option(metavar="ORG/NAME", help="Upload it too; the token is the environment's HF_TOKEN.")
+    ] = "",
+    public: Annotated[bool, typer.Option("--public", help="A repository made by --push-to is not private.")] = False,
 ) -> None:
-    """Make a Hub folder of CHECKPOINT, tensor by tensor, that transformers loads."""
+    """Make a Hub folder of CHECKPOINT, a few rows at a time, that transformers loads."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from xlscale.checkpoint.consolidate import export_checkpoint
 
     export_checkpoint(checkpoint, out, dtype)
     print(out)
+    if push_to:
+        from xlscale.checkpoint.push import upload
+
+        print(upload(out, push_to, private=not public, message=f"Weights of {checkpoint.name}"))
+
+
+@app.command()
+def reshard(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder, as runs/demo/checkpoints/step-00000300.")],
+    dp: Annotated[int, typer.Option(help="Data-parallel size of the run to come.")],
+    tp: Annotated[int, typer.Option(help="Tensor-parallel size of the run to come.")],
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints to write it into, as runs/other/checkpoints.")],
+) -> None:
+    """Cut CHECKPOINT anew for another shape, block by block; train does it by itself when it starts."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from xlscale.checkpoint.reshard import reshard
+
+    print(reshard(checkpoint, out, dp, tp))
 
 
 @app.command("import")

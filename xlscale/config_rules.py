@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data.tokenize": ("ahead", "on_the_fly"),
     "masking.unit": ("token", "word", "span"),
     "schedule.decay": ("linear", "cosine", "constant"),
+    "checkpoint.best_metric": ("loss", "masked_accuracy"),
     "export.dtype": ("fp32", "bf16"),
     "logging.wandb": ("offline", "online", "disabled"),
 }
@@ -37,6 +38,8 @@ AT_LEAST: dict[str, int] = {
     "training.activation_checkpointing": 0,
     "training.threads": 0,
     "training.stop_after": 0,
+    "training.grace_seconds": 0,
+    "training.hang_seconds": 0,
     "parallel.tensor_parallel": 1,
     "parallel.drift_check_every": 0,
     "model.vocab_size": 8,
@@ -64,6 +67,8 @@ AT_LEAST: dict[str, int] = {
     "schedule.warmup_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_every": 0,
+    "checkpoint.keep_best": 0,
     "export.every": 0,
     "faults.max_skipped": 1,
     "faults.window": 1,
@@ -74,6 +79,8 @@ AT_LEAST: dict[str, int] = {
 }
 ABOVE_ZERO = (
     "data.download_gib",
+    "export.shard_gb",
+    "export.push_hours",
     "model.layer_norm_eps",
     "model.initializer_range",
     "optimizer.learning_rate",
@@ -134,6 +141,12 @@ def _run_name(name: str) -> str | None:
     return None
 
 
+def _repository(name: str) -> str | None:
+    if not name or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    return f'export.push_to = {toml_value(name)} is no repository; write as "org/name"'
+
+
 def _batches(whole: int, micro: int) -> str | None:
     if whole % micro == 0:
         return None
@@ -186,6 +199,13 @@ def _offload(where: str, folder: str, stage: int) -> str | None:
     if where != "nvme" and folder:
         return f'parallel.offload_folder = {toml_value(folder)} is for offload_optimizer = "nvme"; leave it out'
     return None
+
+
+def _keep_every(keep_every: int, every: int) -> str | None:
+    if not keep_every or not every or keep_every % every == 0:
+        return None
+    near = multiples(keep_every, every)
+    return f"checkpoint.keep_every = {keep_every} must be a multiple of every = {every}; the nearest are {near}"
 
 
 def _spike(factor: float) -> str | None:
@@ -284,6 +304,7 @@ def _labels(count: int, names: dict[str, str]) -> str | None:
 
 CROSS_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("run.name",), _run_name),
+    (("export.push_to",), _repository),
     (("training.global_batch_size", "training.micro_batch_size"), _batches),
     (("schedule.warmup_steps", "training.total_steps"), _warmup),
     (("model.hidden_size", "model.num_attention_heads"), _heads),
@@ -297,6 +318,7 @@ CROSS_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     ),
     (("parallel.sequence_parallel", "parallel.tensor_parallel", "data.sequence_length"), _tokens_split),
     (("parallel.offload_optimizer", "parallel.offload_folder", "parallel.zero_stage"), _offload),
+    (("checkpoint.keep_every", "checkpoint.every"), _keep_every),
     (("faults.spike_factor",), _spike),
     (("data.sequence_length", "model.max_position_embeddings", "model.pad_token_id"), _positions),
     (

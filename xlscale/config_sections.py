@@ -35,6 +35,12 @@ class TrainingConfig:
     """CPU threads of torch in each process; 0 = the machine's cores divided by its processes."""
     stop_after: int = 0
     """Stop with a checkpoint once so many updates are done, in an unchanged schedule; 0 = at total_steps."""
+    grace_seconds: float = 30.0
+    """Time from a SIGTERM or SIGUSR1 to the SIGKILL after it, 30 s under DeepSpeed's launcher; a checkpoint that would
+    take longer, as the last one tells, is not begun; 0 = no limit."""
+    hang_seconds: float = 1200.0
+    """An update, checkpoint or export that lasts longer ends the job, with every rank's stacks in <run>/stacks; below
+    the half hour after which torch gives up without them; 0 = never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +221,14 @@ class CheckpointConfig:
     """Updates between two checkpoints; 0 = only at the end."""
     keep: int = 2
     """How many checkpoints are kept, the newest; 0 = all."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept for good; 0 = none."""
+    keep_best: int = 0
+    """So many with the best `best_metric` are kept besides; 0 = none."""
+    best_metric: str = "loss"
+    """What makes a checkpoint the best, "loss" or "masked_accuracy": its mean since the checkpoint before."""
+    probe: bool = True
+    """The logits of a few fixed inputs are stored beside the weights, and after loading they must come out again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +237,15 @@ class ExportConfig:
     """Updates between two exports into <run>/hub/step-XXXXXXXX; 0 = only at the end."""
     dtype: str = "fp32"
     """Number format of the exported weights, "fp32" or "bf16"."""
+    shard_gb: float = 5.0
+    """GB of tensors in a file; more files let more processes write at once."""
+    push_to: str = ""
+    """Repository on the Hub that every export is uploaded to, as "org/name", behind the training; "" = none.
+    The token is the environment's HF_TOKEN; an upload that fails is told and never stops the run."""
+    push_private: bool = True
+    """A repository that the first upload makes is private."""
+    push_hours: float = 2.0
+    """An upload that is not done by then is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ from xlscale.parallel.topology import Topology, process_groups
 from xlscale.parallel.zero import build
 from xlscale.training import loop
 from xlscale.training.console import Console
+from xlscale.training.signals import Signals
+from xlscale.training.watchdog import Watchdog
 
 UPDATES = 10
 DROPOUT_UPDATES = 20
@@ -146,8 +148,9 @@ def run_case(config: Config, topology: Topology) -> dict[str, Any]:
 
     loop.build = watched
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with Console(config.run_dir, topology.is_main) as console:
-        loop._train(config, topology, console)
+    watchdog = Watchdog(config.training.hang_seconds, config.run_dir, topology.rank)
+    with Console(config.run_dir, topology.is_main) as console, Signals(0.0) as signals, watchdog:
+        loop._train(config, topology, console, signals, watchdog)
     return findings
 
 

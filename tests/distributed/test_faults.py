@@ -28,7 +28,8 @@ from tests.distributed.fault_cases import (
 )
 from tests.distributed.launch import ROOT, environment, start, stop
 from tests.distributed.test_resume import curve
-from xlscale.checkpoint.store import MANIFEST, newest
+from xlscale.checkpoint.newest import newest
+from xlscale.checkpoint.store import MANIFEST
 from xlscale.config import ConfigError, load_config
 from xlscale.data.shards import Corpus
 from xlscale.data.stream import open_stream

@@ -72,6 +72,7 @@ def test_resume_at_another_shape_repeats_no_sample_and_keeps_the_losses(
     assert [r["tokens_per_language"] for r in walked] == [r["tokens_per_language"] for r in stayed]
     assert [r["loss"] for r in walked] == pytest.approx([r["loss"] for r in stayed], rel=1e-5)
     assert [r["grad_norm"] for r in walked] == pytest.approx([r["grad_norm"] for r in stayed], rel=1e-4)
+    assert "the probe's logits are those of the checkpoint, to " in (moved / "log.txt").read_text()
 
 
 def damage(path: Path, how: str) -> None:
@@ -88,7 +89,7 @@ def damage(path: Path, how: str) -> None:
 def test_damaged_checkpoint_is_passed_over_by_name(
     file: str, how: str, grid: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from xlscale.checkpoint.store import newest
+    from xlscale.checkpoint.newest import newest
 
     root = tmp_path / "checkpoints"
     shutil.copytree(grid["dp2-tp2"] / "checkpoints", root, symlinks=True)

@@ -1,41 +1,79 @@
-"""A checkpoint's partitions -> full tensors, one at a time -> a Hub folder."""
+"""A checkpoint's partitions -> rows of full tensors, a few MiB at a time -> a Hub folder."""
 
 import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from xlscale.checkpoint.hub import write_hub_folder
-from xlscale.checkpoint.store import MANIFEST, Checkpoint, newest
+import torch
+
+from xlscale.checkpoint.card import checkpoint_card
+from xlscale.checkpoint.hub import MAX_SHARD_SIZE, HubWriter, hub_writer, write_alone
+from xlscale.checkpoint.newest import newest
+from xlscale.checkpoint.store import MANIFEST, Checkpoint
+from xlscale.checkpoint.weights import MAPPED
 from xlscale.config import load_config
+from xlscale.config_sections import Config
+from xlscale.parallel.sharded import FP32
 
 log = logging.getLogger(__name__)
+
+PIECE = 1 << 21
+"""Elements read at a time: few enough that they are still in a cache when they are written."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a step's folder, a folder of them or a run's folder (then the newest whole one)."""
     if (path / MANIFEST).exists():
         checkpoint = Checkpoint.open(path)
-        damaged = checkpoint.damaged(checkpoint.manifest["files"])
+        # hashlib lets other threads run: a digest takes longer than the reading.
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
+            found = threads.map(lambda name: checkpoint.damaged([name]), checkpoint.manifest["files"])
+            damaged = [file for files in found for file in files]
         if damaged:
             raise ValueError(f"{', '.join(damaged)}: damaged (sha256 differs from the manifest); use another step")
         return checkpoint
-    found = newest(path / "checkpoints") or newest(path)
-    if found is None:
+    found_newest = newest(path / "checkpoints") or newest(path)
+    if found_newest is None:
         raise ValueError(f"{path} holds no whole checkpoint; give a run's folder or one of its checkpoints/step-*")
-    return found
+    return found_newest
+
+
+class Consolidation:
+    """The full weights of a checkpoint, a few rows at a time; what is mapped of its files stays below MAPPED bytes."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._read = 0
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The rows of a parameter in order, fp32."""
+        rows, *rest = self._checkpoint.manifest["parameters"][name]["shape"]
+        width = torch.Size(rest).numel()
+        step = max(1, PIECE // width)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            self._read += (stop - start) * width * 4
+            if self._read > MAPPED:
+                self._checkpoint = Checkpoint(self._checkpoint.folder, self._checkpoint.manifest)
+                self._read = 0
+            yield self._checkpoint.rows(FP32, name, start, stop)
+
+
+def checkpoint_writer(
+    checkpoint: Checkpoint, config: Config, out: Path, dtype: str, max_shard_size: int = MAX_SHARD_SIZE
+) -> HubWriter:
+    """The writer of a checkpoint's Hub folder."""
+    shapes = {name: tuple(entry["shape"]) for name, entry in checkpoint.manifest["parameters"].items()}
+    return hub_writer(out, config.model, shapes, checkpoint.folder / "tokenizer", dtype, max_shard_size)
 
 
 def export_checkpoint(path: Path, out: Path, dtype: str = "fp32") -> Path:
-    """Write the Hub folder `out` from a checkpoint of any topology; peak memory is the largest single tensor."""
+    """Write the Hub folder `out` from a checkpoint of any topology; no tensor is ever whole in memory."""
     checkpoint = open_checkpoint(path)
     config = load_config(checkpoint.folder / "config.toml")
-    shapes = {name: tuple(entry["shape"]) for name, entry in checkpoint.manifest["parameters"].items()}
-    write_hub_folder(
-        out,
-        config.model,
-        shapes,
-        checkpoint.full,
-        tokenizer_folder=checkpoint.folder / "tokenizer",
-        dtype=dtype,
-    )
+    writer = checkpoint_writer(checkpoint, config, out, dtype)
+    write_alone(writer, Consolidation(checkpoint).pieces, checkpoint_card(checkpoint, config, dtype))
     log.info("exported step %d of %s to %s", checkpoint.step, checkpoint.folder, out)
     return out

@@ -8,13 +8,15 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from xlscale.checkpoint.card import CARD, is_marked, marked
 from xlscale.checkpoint.hub_config import TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZERS, hub_config
 from xlscale.checkpoint.hub_names import Shapes, compare_shapes, hf_names, shapes_of
 from xlscale.checkpoint.weights import CHUNK, INDEX, SAFETENSORS, check_finite, open_safetensors
@@ -30,6 +32,104 @@ DTYPES = {
 # Metadata of the weights: transformers asks for the first, the second says whose folder it is.
 WRITER = {"format": "pt", "writer": "xlscale"}
 CONFIG = "config.json"
+MAX_SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors in a file, as transformers cuts them."""
+
+Pieces = Callable[[str], Iterable[Tensor]]
+"""Our name -> the rows of that parameter, in order, in as many pieces as one likes."""
+
+
+@dataclass(frozen=True)
+class HubWriter:
+    """A Hub folder to be written, all of it checked before; its files may be written by several processes."""
+
+    folder: Path
+    model: ModelConfig
+    head: str
+    """A key of HEADS."""
+    dtype: str
+    """A key of DTYPES."""
+    names: dict[str, str]
+    """Our name -> that on the Hub."""
+    files: dict[str, Shapes]
+    """File of weights -> our name and shape of each of its tensors, in their order."""
+    tokenizer_files: list[Path]
+
+    @property
+    def beside(self) -> Path:
+        """Where it is written before it has its name."""
+        return self.folder.with_name(f".{self.folder.name}.writing")
+
+    @property
+    def _replaced(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.replaced")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        itemsize = DTYPES[self.dtype][0].itemsize
+        return sum(math.prod(shape) * itemsize for shapes in self.files.values() for shape in shapes.values())
+
+    def begin(self) -> None:
+        """Make the folder beside, and clear what killed exports left; by one process, before any writes a file."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self._replaced.exists() and not self.folder.exists():  # an export was killed between its two renames
+            self._replaced.rename(self.folder)
+        for left_over in (self.beside, self._replaced):
+            shutil.rmtree(left_over, ignore_errors=True)
+        self.beside.mkdir()
+
+    def write_file(self, name: str, pieces: Pieces) -> None:
+        """Write and flush one of `files`; ValueError for a tensor of another shape, or one that is not finite."""
+        _write_safetensors(self.beside / name, self.files[name], self.names, pieces, self.dtype)
+
+    def finish(self, card: str = "") -> Path:
+        """The small files and the rename, by one process, after all weights are written; card: text of README.md."""
+        if len(self.files) > 1:
+            weight_map = {self.names[ours]: file for file, shapes in self.files.items() for ours in shapes}
+            _write_json(self.beside / INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": weight_map})
+        _write_json(self.beside / CONFIG, hub_config(self.model, DTYPES[self.dtype][2], self.head))
+        for file in self.tokenizer_files:
+            shutil.copyfile(file, self.beside / file.name)
+            fsync_path(self.beside / file.name)
+        _limit_length(self.beside / TOKENIZER_CONFIG, self.model)
+        if card:
+            (self.beside / CARD).write_text(marked(card), encoding="utf-8")
+            fsync_path(self.beside / CARD)
+        fsync_path(self.beside)
+        if self.folder.exists():
+            self.folder.rename(self._replaced)
+        self.beside.rename(self.folder)
+        fsync_path(self.folder.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        return self.folder
+
+    def abandon(self) -> None:
+        """Clear what was written beside; nothing after finish()."""
+        shutil.rmtree(self.beside, ignore_errors=True)
+
+
+def hub_writer(
+    folder: str | Path,
+    model: ModelConfig,
+    shapes: Shapes,
+    tokenizer_folder: str | Path | None = None,
+    dtype: str = "fp32",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    head: str = "ForMaskedLM",
+) -> HubWriter:
+    """The writer of a folder, arguments as of write_hub_folder; ValueError before anything is written."""
+    folder = Path(folder).resolve()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} cannot be written; use one of {sorted(DTYPES)}")
+    names = hf_names(model, head, pooler="pooler.dense.weight" in shapes)
+    wanted = shapes_of(model, head, pooler="pooler.dense.weight" in shapes)
+    compare_shapes(shapes, wanted, f"for {folder}")
+    tokenizer_files = _tokenizer_files(tokenizer_folder, model)
+    if folder.exists() and not _is_ours(folder):
+        raise ValueError(f"{folder} holds what xlscale did not write; name another folder, or remove it")
+    files = _files(wanted, DTYPES[dtype][0].itemsize, max_shard_size)
+    return HubWriter(folder, model, head, dtype, names, files, tokenizer_files)
 
 
 def write_hub_folder(
@@ -39,7 +139,7 @@ def write_hub_folder(
     read: Callable[[str], Tensor],
     tokenizer_folder: str | Path | None = None,
     dtype: str = "fp32",
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = MAX_SHARD_SIZE,
     head: str = "ForMaskedLM",
 ) -> Path:
     """Write a folder that transformers loads, asking `read` for one parameter at a time by our name.
@@ -50,73 +150,38 @@ def write_hub_folder(
     appears whole or not at all, and never replaces what xlscale did not write. ValueError for a tensor that is
     missing, of another shape or not finite.
     """
-    folder = Path(folder).resolve()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} cannot be written; use one of {sorted(DTYPES)}")
-    names = hf_names(model, head, pooler="pooler.dense.weight" in shapes)
-    wanted = shapes_of(model, head, pooler="pooler.dense.weight" in shapes)
-    compare_shapes(shapes, wanted, f"for {folder}")
-    tokenizer_files = _tokenizer_files(tokenizer_folder, model)
-    if folder.exists() and not _is_ours(folder):
-        raise ValueError(f"{folder} holds what xlscale did not write; name another folder, or remove it")
+    writer = hub_writer(folder, model, shapes, tokenizer_folder, dtype, max_shard_size, head)
+    return write_alone(writer, lambda name: (read(name),))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "replaced"))
-    if replaced.exists() and not folder.exists():  # an export was killed between its two renames
-        replaced.rename(folder)
-    for left_over in (beside, replaced):
-        shutil.rmtree(left_over, ignore_errors=True)
-    beside.mkdir()
+
+def write_alone(writer: HubWriter, pieces: Pieces, card: str = "") -> Path:
+    """All of a folder by this process: whole, or nothing is left of it."""
+    writer.begin()
     try:
-        _write_weights(beside, wanted, names, read, dtype, max_shard_size)
-        _write_json(beside / CONFIG, hub_config(model, DTYPES[dtype][2], head))
-        for file in tokenizer_files:
-            shutil.copyfile(file, beside / file.name)
-            fsync_path(beside / file.name)
-        _limit_length(beside / TOKENIZER_CONFIG, model)
-        fsync_path(beside)
-        if folder.exists():
-            folder.rename(replaced)
-        beside.rename(folder)
-        fsync_path(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        for file in writer.files:
+            writer.write_file(file, pieces)
+        return writer.finish(card)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
+        writer.abandon()
 
 
-def _write_weights(
-    folder: Path,
-    shapes: Shapes,
-    names: dict[str, str],
-    read: Callable[[str], Tensor],
-    dtype: str,
-    max_shard_size: int,
-) -> None:
-    """All tensors into as few files as max_shard_size allows, and the index if there are several."""
-    itemsize = DTYPES[dtype][0].itemsize
+def _files(shapes: Shapes, itemsize: int, max_shard_size: int) -> dict[str, Shapes]:
+    """All tensors in as few files as max_shard_size allows."""
     shards: list[Shapes] = [{}]
-    used = total = 0
+    used = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * itemsize
         if shards[-1] and used + size > max_shard_size:
             shards.append({})
             used = 0
         shards[-1][name] = shape
-        used, total = used + size, total + size
-
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        file_name = SAFETENSORS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / file_name, shard, names, read, dtype)
-        weight_map.update(dict.fromkeys((names[name] for name in shard), file_name))
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        used += size
+    if len(shards) == 1:
+        return {SAFETENSORS: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def _write_safetensors(
-    path: Path, shapes: Shapes, names: dict[str, str], read: Callable[[str], Tensor], dtype: str
-) -> None:
+def _write_safetensors(path: Path, shapes: Shapes, names: dict[str, str], pieces: Pieces, dtype: str) -> None:
     """One file: the length of the header, the header (offsets follow from shapes), each tensor's bytes."""
     target, code, _ = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": WRITER}
@@ -131,20 +196,30 @@ def _write_safetensors(
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, shape in shapes.items():
             # No name holds the tensor here, so it is freed before the next one is read.
-            _write_tensor(file, name, shape, read(name), target)
+            _write_tensor(file, name, shape, pieces(name), target)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], tensor: Tensor, target: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape:
-        found = tuple(tensor.shape)
-        raise ValueError(f"{name} has shape {found}, not {shape}; use the config that it was trained with")
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        piece = flat[start : start + CHUNK].to(device="cpu", dtype=target).contiguous()
-        check_finite(name, piece)
-        file.write(piece.view(torch.uint8).numpy().data)
+def _write_tensor(
+    file: BinaryIO, name: str, shape: tuple[int, ...], pieces: Iterable[Tensor], target: torch.dtype
+) -> None:
+    rows = 0
+    for rows_of_it in pieces:
+        rows += len(rows_of_it)
+        if rows > shape[0] or rows_of_it.shape[1:] != shape[1:]:
+            raise _wrong_shape(name, (rows, *rows_of_it.shape[1:]), shape)
+        flat = rows_of_it.detach().reshape(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            piece = flat[start : start + CHUNK].to(device="cpu", dtype=target).contiguous()
+            check_finite(name, piece)
+            file.write(piece.view(torch.uint8).numpy().data)
+    if rows != shape[0]:
+        raise _wrong_shape(name, (rows, *shape[1:]), shape)
+
+
+def _wrong_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ValueError:
+    return ValueError(f"{name} has shape {found}, not {shape}; use the config that it was trained with")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -173,7 +248,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether a folder is empty or all of it was written by write_hub_folder, so that it may be replaced."""
     if not folder.is_dir():
         return False
-    entries = set(folder.iterdir())
+    entries = {entry for entry in folder.iterdir() if entry.name != CARD or not is_marked(entry)}
     weights = {entry for entry in entries if entry.suffix == ".safetensors" and entry.is_file()}
     names = {CONFIG, INDEX, *(name for files in TOKENIZER_FILES.values() for name in files)}
     try:

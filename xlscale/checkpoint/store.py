@@ -5,6 +5,8 @@
       config.toml  stream.json              the resolved config; the stream's position and fingerprints
       faults.json                           the skipped updates, and the losses that a spike is measured by
       data_faults.json                      the samples replaced so far, by shard and cause
+      means.json                            means of metrics since the checkpoint before, by which the best are kept
+      probe.safetensors                     the logits of a few fixed inputs, to be found again after loading
       tokenizer/                            as on the Hub, so that an export needs nothing else
       partitions-tp00-dp0000.safetensors    flat fp32 weight and moments of that rank, by parameter name
 
@@ -14,7 +16,6 @@ It is written beside under another name, flushed, renamed, and only then pointed
 import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,19 +28,19 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from xlscale.config import to_toml
+from xlscale.checkpoint.retention import folder_name, point_at, remove_leftovers, retain
+from xlscale.checkpoint.states import read_state, write_state
+from xlscale.config import ConfigError, to_toml
 from xlscale.config_sections import Config
-from xlscale.data.shards import fsync_path
+from xlscale.data.shards import disk_is_full, fsync_path
 from xlscale.parallel.sharded import KINDS, ShardedModel, share
 from xlscale.parallel.tensor_parallel import split_dim
-from xlscale.parallel.topology import Topology, raise_together
+from xlscale.parallel.topology import gather_problems
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-LATEST = "latest"
-FOLDER_NAME = re.compile(r"step-\d{8}")
 
 
 def _digest(path: Path) -> str:
@@ -63,26 +64,49 @@ def partition_file(tp_rank: int, dp_rank: int) -> str:
     return f"partitions-tp{tp_rank:02d}-dp{dp_rank:04d}.safetensors"
 
 
+class DiskFullError(Exception):
+    """No room for a checkpoint: nothing is left of it, all older ones are, and all ranks know."""
+
+
+Problem = tuple[bool, str]
+"""Whether a full disk is all that is wrong, and the line."""
+
+
+def _problem(path: Path, error: Exception) -> Problem:
+    return disk_is_full(error), f"checkpoint {path}: {error}"
+
+
+def _settle(problems: list[Problem], partial: Path, is_main: bool) -> None:
+    """Nothing, or on all ranks DiskFullError when no rank has another problem than that, else ConfigError."""
+    found = gather_problems(problems)
+    lines = [line for _, line in found]
+    if not all(full for full, _ in found):
+        raise ConfigError(lines)
+    if found:
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise DiskFullError("; ".join(lines))
+
+
 def save(
     root: Path, sharded: ShardedModel, config: Config, step: int, slot: int, states: dict[str, dict[str, Any]]
 ) -> Path:
-    """Write `root/step-<step>` from all ranks and return it; raises ConfigError on all ranks when one cannot write.
+    """Write `root/step-<step>` from all ranks and return it; raises DiskFullError or ConfigError on all ranks alike.
 
-    `slot`: the first slot of the next update. `states`: what else must go on, written as <name>.json each.
-    Older folders beyond checkpoint.keep are removed afterwards.
+    `slot`: the first slot of the next update. `states`: what else must go on, each a file of its own.
+    Older folders that [checkpoint] does not keep are removed afterwards.
     """
     topology = sharded.topology
-    final = root / f"step-{step:08d}"
+    final = root / folder_name(step)
     partial = root / f"{final.name}.partial"
-    problems: list[str] = []
+    problems: list[Problem] = []
     if topology.is_main:
         try:
-            for leftover in [*root.glob("*.partial"), *root.glob("*.removed")]:
-                shutil.rmtree(leftover)
+            remove_leftovers(root)
             partial.mkdir(parents=True)
         except OSError as error:
-            problems.append(f"checkpoint {partial}: {error}")
-    raise_together(problems)
+            problems.append(_problem(partial, error))
+    _settle(problems, partial, topology.is_main)
     mine = partition_file(topology.tp_rank, topology.dp_rank)
     entry: dict[str, Any] = {}
     try:
@@ -95,17 +119,17 @@ def save(
         fsync_path(partial / mine)
         entry = {"bytes": (partial / mine).stat().st_size, "sha256": _digest(partial / mine)}
     except (OSError, SafetensorError) as error:
-        problems.append(f"checkpoint {partial / mine}: {error}")
-    raise_together(problems)
+        problems.append(_problem(partial / mine, error))
+    _settle(problems, partial, topology.is_main)
     entries: list[tuple[str, dict[str, Any]]] = [("", {})] * topology.world_size
     dist.all_gather_object(entries, (mine, entry))
     if topology.is_main:
         try:
             _finish(partial, final, sharded, config, step, slot, states, dict(entries))
-            _retain(root, config.checkpoint.keep)
+            _tidy_up(final, config)
         except OSError as error:
-            problems.append(f"checkpoint {partial}: {error}")
-    raise_together(problems)
+            problems.append(_problem(partial, error))
+    _settle(problems, partial, topology.is_main)
     return final
 
 
@@ -119,14 +143,16 @@ def _finish(
     states: dict[str, dict[str, Any]],
     files: dict[str, dict[str, Any]],
 ) -> None:
-    """The main rank's part of a save: the small files, the manifest, the rename, the pointer."""
+    """The main rank's part of a save: the small files, the manifest, the rename."""
     (partial / "config.toml").write_text(to_toml(config), encoding="utf-8")
     for name, state in states.items():
-        (partial / f"{name}.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_state(partial, name, state)
     shutil.copytree(config.data.tokenizer, partial / "tokenizer")
     for path in sorted(partial.rglob("*")):
         name = str(path.relative_to(partial))
-        if path.is_file() and name not in files:
+        if path.is_dir():
+            fsync_path(path)
+        elif name not in files:
             fsync_path(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     manifest: dict[str, Any] = {
@@ -145,33 +171,34 @@ def _finish(
         },
         "files": files,
     }
+    publish(partial, final, manifest)
+
+
+def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Seal the manifest of `partial`, whose other files are flushed, rename it to `final`, and point to that."""
     manifest["seal"] = _seal(manifest)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     fsync_path(partial / MANIFEST)
     fsync_path(partial)
-    if final.exists():  # a step is saved again after a checkpoint newer than it was found broken
+    if final.exists():  # the same step was saved before, and the run has gone on from an earlier one
         final.rename(final.with_suffix(".removed"))
     partial.rename(final)
     fsync_path(final.parent)
-    pointer = final.parent / f"{LATEST}.partial-link"
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(final.name)
-    pointer.replace(final.parent / LATEST)
-    fsync_path(final.parent)
 
 
-def _retain(root: Path, keep: int) -> None:
-    folders = _folders(root)
-    for old in folders[keep:] if keep else []:
-        removed = old.with_suffix(".removed")  # a kill in the middle leaves no folder that looks whole
-        old.rename(removed)
-        shutil.rmtree(removed)
+def _tidy_up(final: Path, config: Config) -> None:
+    """Point to the new checkpoint and remove those that do not stay; it counts, be there room for that or not."""
+    try:
+        point_at(final)
+        retain(final.parent, config.checkpoint)
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        log.warning("%s is saved, but there is no room to point to it or to remove older ones: %s", final, error)
 
 
-def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    found = root.iterdir() if root.is_dir() else []
-    return sorted((path for path in found if FOLDER_NAME.fullmatch(path.name)), reverse=True)
+class OtherFormatError(ValueError):
+    """A whole checkpoint that this version cannot read."""
 
 
 @dataclass
@@ -192,7 +219,10 @@ class Checkpoint:
         if not isinstance(manifest, dict) or manifest.get("seal") != _seal(manifest):
             raise ValueError(f"{folder} is not a whole checkpoint: {MANIFEST} was changed after it was written")
         if manifest["format"] != FORMAT:
-            raise ValueError(f"{folder} has format {manifest['format']}; this version reads {FORMAT}")
+            raise OtherFormatError(
+                f"{folder} has format {manifest['format']}, this version of xlscale reads {FORMAT}; use the one that "
+                f"wrote it, {manifest['versions']['xlscale']}"
+            )
         for name, entry in manifest["files"].items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
@@ -207,11 +237,7 @@ class Checkpoint:
 
     def state(self, name: str) -> dict[str, Any]:
         """One of the `states` that it was saved with; empty when it was saved without."""
-        file = f"{name}.json"
-        if file not in self.manifest["files"]:
-            return {}
-        state: dict[str, Any] = json.loads((self.folder / file).read_text(encoding="utf-8"))
-        return state
+        return read_state(self.folder, name, self.manifest["files"])
 
     def damaged(self, names: Iterable[str]) -> list[str]:
         """Which of the files do not have the digest that the manifest gives."""
@@ -266,34 +292,3 @@ class Checkpoint:
                         size = file.get_slice(f"{KINDS[0]}/{parameter}").get_shape()[0]
                         self._pieces.setdefault((parameter, rank), []).append((first, size, file))
         return self._pieces[name, tp_rank]
-
-
-def newest(root: Path, topology: Topology | None = None, up_to: int | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`, every file's digest checked; a broken one is named and passed over.
-
-    With a topology all ranks call it, share the checking and get the same answer. up_to: the last step that may be.
-    """
-    rank, world = (topology.rank, topology.world_size) if topology else (0, 1)
-    names = [path.name for path in _folders(root) if up_to is None or path.name <= f"step-{up_to:08d}"]
-    if topology:
-        shared = [names]
-        dist.broadcast_object_list(shared)
-        names = shared[0]
-    for name in names:
-        checkpoint, problems = None, []
-        try:
-            checkpoint = Checkpoint.open(root / name)
-            files = sorted(checkpoint.manifest["files"])
-            problems = [f"{path} is damaged (sha256 differs)" for path in checkpoint.damaged(files[rank::world])]
-        except (ValueError, OSError) as error:
-            problems = [str(error)]
-        try:
-            if topology:
-                raise_together(problems)
-            elif problems:
-                raise ValueError("\n".join(problems))
-            return checkpoint
-        except ValueError as error:
-            if rank == 0:
-                log.warning("checkpoint passed over: %s", error)
-    return None

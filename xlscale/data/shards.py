@@ -15,6 +15,7 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from errno import EDQUOT, ENOSPC
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -62,6 +63,12 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether something was not written for want of room, or of what a quota leaves."""
+    # safetensors and shutil.copytree hand the system's error on as text only.
+    return any(mark in f"{error}" for code in (ENOSPC, EDQUOT) for mark in (f"[Errno {code}]", f"(os error {code})"))
 
 
 def read_manifest(folder: Path) -> list[ShardRecord]:

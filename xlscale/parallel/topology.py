@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -129,10 +130,17 @@ def process_groups(tensor_parallel: int) -> Iterator[Topology]:
             dist.destroy_process_group()
 
 
+Told = TypeVar("Told")
+
+
+def gather_problems(problems: list[Told]) -> list[Told]:
+    """What any rank finds wrong, each once, in the same order on all ranks. Collective."""
+    everybody: list[list[Told]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, problems)
+    return list(dict.fromkeys(problem for theirs in everybody for problem in theirs))
+
+
 def raise_together(problems: list[str]) -> None:
     """Raise ConfigError on all ranks when any of them has a problem, so that none waits for one that has left."""
-    everybody: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, problems)
-    found = list(dict.fromkeys(problem for theirs in everybody for problem in theirs))
-    if found:
+    if found := gather_problems(problems):
         raise ConfigError(found)

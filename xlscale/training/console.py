@@ -46,7 +46,8 @@ class Console:
     ) -> None:
         for handler in self.handlers:
             LOGGER.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a full disk: it has been said for every line
+                handler.close()
 
     def step(self, what: str) -> Callable[[int, int], None]:
         """A callback (done, total) that shows how far a longer step is."""

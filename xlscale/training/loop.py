@@ -5,13 +5,13 @@ import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from xlscale.checkpoint.consolidate import export_checkpoint
-from xlscale.checkpoint.store import newest, save
+from xlscale.checkpoint.newest import take_up
 from xlscale.config import ConfigError, check_topology
 from xlscale.config_sections import Config
 from xlscale.data.loader import Loader
@@ -22,9 +22,13 @@ from xlscale.parallel.topology import Topology, process_groups, raise_together, 
 from xlscale.parallel.zero import build
 from xlscale.training.console import Console
 from xlscale.training.data_faults import DataFaults
+from xlscale.training.exports import Exports
 from xlscale.training.faulty_update import report_skip
 from xlscale.training.metrics import MetricsLog, log_line
 from xlscale.training.optimizer import adamw
+from xlscale.training.probe import probe
+from xlscale.training.saving import Saving
+from xlscale.training.signals import Signals, leave
 from xlscale.training.start import (
     load_weights,
     open_stream_together,
@@ -35,6 +39,7 @@ from xlscale.training.start import (
     wanted_shares,
 )
 from xlscale.training.update import my_slots, run_update
+from xlscale.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +47,21 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> None:
     """Train to training.total_steps, going on from the run's newest whole checkpoint if there is one.
 
-    Leaves the run folder described in the README. Raises ValueError for what a person can mend.
+    Leaves the run folder described in the README. Raises ValueError for what a person can mend, and SystemExit with
+    signals.REQUEUE when a signal asked for the end.
     """
     problems = check_topology(config, world_size_from_environment())
     if problems:
         raise ConfigError(problems)
     torch.set_num_threads(config.training.threads or threads_per_process())
-    with process_groups(config.parallel.tensor_parallel) as topology:
-        console = Console(config.run_dir, topology.is_main)
-        with console, _alone(config.run_dir, topology):
-            _train(config, topology, console)
+    with (
+        process_groups(config.parallel.tensor_parallel) as topology,
+        _alone(config.run_dir, topology),
+        Console(config.run_dir, topology.is_main) as console,
+        Signals(config.training.grace_seconds) as signals,
+        Watchdog(config.training.hang_seconds, config.run_dir, topology.rank) as watchdog,
+    ):
+        _train(config, topology, console, signals, watchdog)
 
 
 @contextmanager
@@ -60,22 +70,25 @@ def _alone(run_dir: Path, topology: Topology) -> Iterator[None]:
     problems: list[str] = []
     with contextlib.ExitStack() as held:
         if topology.is_main:
-            file = held.enter_context((run_dir / ".lock").open("a"))
             try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((run_dir / ".lock").open("a"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 problems.append(
                     f"run folder {run_dir} is in use by another run; wait for it, end its processes, "
                     f"or set another run.name"
                 )
+            except OSError as error:
+                problems.append(f"run folder {run_dir} cannot be written into: {error}; mend that, or set run.dir")
         raise_together(problems)
         yield
 
 
-def _train(config: Config, topology: Topology, console: Console) -> None:
-    training, checkpoints = config.training, config.run_dir / "checkpoints"
+def _train(config: Config, topology: Topology, console: Console, signals: Signals, watchdog: Watchdog) -> None:
+    training = config.training
     stream = open_stream_together(config, topology, console)
-    checkpoint = newest(checkpoints, topology)
+    checkpoint = take_up(config.run_dir / "checkpoints", topology)
     accepted = stream.check_state(checkpoint.state("stream"), config.data.allow_changes) if checkpoint else []
     changes = stream_changes(checkpoint, accepted)
     faults = resume_faults(config, checkpoint)
@@ -85,18 +98,22 @@ def _train(config: Config, topology: Topology, console: Console) -> None:
     sharded = build(config, topology, adamw)
     step = load_weights(sharded, checkpoint, config)
     metrics = start_metrics(config, sharded, stream, checkpoint, step, accepted)
+    checkpoints = Saving(sharded, config, metrics)
+    exports = Exports(config, metrics)
 
     last = min(training.stop_after or training.total_steps, training.total_steps)
     wanted = wanted_shares(stream, step)
     loader = Loader(stream, my_slots(config, topology), config.data.workers, config.data.prefetch)
-    with loader, console.progress(step, training.total_steps) as advance:
+    with loader, signals.at_boundaries(), console.progress(step, training.total_steps) as advance:
         while step < last:
+            watchdog.beat("update", step + 1)
             if (now := wanted_shares(stream, step)) != wanted:
                 wanted = now
                 metrics.event("phase", step, language_probabilities=wanted)
-            update = run_update(sharded, loader, config, faults, data_faults, step)
+            update = run_update(sharded, loader, config, faults, data_faults, step, signals.asked)
             record, step = update.record, step + 1
             metrics.update(record)
+            checkpoints.note(record, update.fault)
             if update.fault:
                 report_skip(update, stream, config, topology, metrics)
             data_faults.tell(update.replaced, step, metrics)
@@ -105,6 +122,11 @@ def _train(config: Config, topology: Topology, console: Console) -> None:
             advance(record)
             give_up = (update.fault and faults.give_up(step)) or (update.replaced and data_faults.give_up())
             saving = step == last or give_up or _due(step, config.checkpoint.every) or _due(step, config.export.every)
+            leaving = signals.leaving(topology) if update.asked else None
+            if leaving:
+                saving = leaving.saves
+            watchdog.beat("checkpoint", step)
+            unsaved = ""
             if saving or _due(step, config.parallel.drift_check_every):
                 _stop_if_drifted(sharded, config, metrics, step)
             if saving:
@@ -112,15 +134,22 @@ def _train(config: Config, topology: Topology, console: Console) -> None:
                     "stream": {**stream.state_dict(record["slot"]), "changes": changes},
                     "faults": faults.state_dict(),
                     "data_faults": data_faults.state_dict(),
+                    "probe": probe(sharded, config),
                 }
-                folder = save(checkpoints, sharded, config, step, record["slot"], states)
-                metrics.event("checkpoint", step, folder=str(folder))
+                unsaved = checkpoints.save(step, record["slot"], states)
+                signals.save_seconds = checkpoints.seconds
+                give_up = give_up or (unsaved if step == last else "")
             if give_up:
                 _stop(metrics, step, give_up)
-            if _due(step, config.export.every):
-                _export(config, topology, metrics, step)
-    if not (config.run_dir / "hub" / f"step-{step:08d}").exists():
-        _export(config, topology, metrics, step)
+            if leaving:
+                leave(replace(leaving, late=leaving.late or unsaved), metrics, step)
+            watchdog.beat("export", step)
+            if _due(step, config.export.every) and not unsaved:
+                exports.export(sharded, step)
+    watchdog.beat("export", step)
+    exports.last(sharded, step)
+    watchdog.rest()  # an upload may take hours
+    exports.finish(step)
     metrics.event("stop", step)
     metrics.close()
     sharded.engine.destroy()
@@ -144,18 +173,3 @@ def _stop(metrics: MetricsLog, step: int, problem: str) -> NoReturn:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _export(config: Config, topology: Topology, metrics: MetricsLog, step: int) -> None:
-    """The Hub folder of the checkpoint just saved, by the main process while the others wait."""
-    name = f"step-{step:08d}"
-    problems: list[str] = []
-    if topology.is_main:
-        try:
-            out = export_checkpoint(
-                config.run_dir / "checkpoints" / name, config.run_dir / "hub" / name, config.export.dtype
-            )
-            metrics.event("export", step, folder=str(out))
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-    raise_together(problems)

@@ -14,9 +14,10 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from xlscale.config_sections import Config
+from xlscale.data.shards import disk_is_full
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ class MetricsLog:
                 resumed_step,
             )
         _cut(run_dir / EVENTS, None)
-        self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
-        self._events = (run_dir / EVENTS).open("a", encoding="utf-8")
+        self._metrics, self._events = _Lines(run_dir / METRICS), _Lines(run_dir / EVENTS)
         self._wandb = _Wandb(run_dir, config)
 
     def update(self, record: Mapping[str, Any]) -> None:
@@ -60,17 +60,17 @@ class MetricsLog:
             return
         assert record["step"] == self._last_step + 1, (record["step"], self._last_step)
         self._last_step = record["step"]
-        _append(self._metrics, record)
+        self._metrics.append(record)
         self._wandb.log(record)
 
     def event(self, event: str, step: int, **details: Any) -> None:
         """Appends "start", "resume", "checkpoint", "export", "skip", "stop" and the like; then all is on the disk."""
         if not self.is_main:
             return
-        _append(self._events, {"time": time.time(), "step": step, "event": event, **details})
+        self._events.append({"time": time.time(), "step": step, "event": event, **details})
         # A checkpoint must not outlive the records before it, also when the power fails.
-        for file in (self._metrics, self._events):
-            os.fsync(file.fileno())
+        for lines in (self._metrics, self._events):
+            lines.sync()
 
     def close(self) -> None:
         """Ends wandb's run, within a bounded time, and closes the files."""
@@ -78,6 +78,14 @@ class MetricsLog:
             self._wandb.finish()
             self._metrics.close()
             self._events.close()
+
+
+def append_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
+    """An event by a file of its own, for a thread whose MetricsLog may be in the hands of one that hangs."""
+    lines = _Lines(run_dir / EVENTS)
+    lines.append({"time": time.time(), "step": step, "event": event, **details})
+    lines.sync()
+    lines.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -209,9 +217,36 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _append(file: IO[str], record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+class _Lines:
+    """A file of JSON lines. What a full disk does not take is kept, and goes before what is written next."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._pending = path, path.open("ab", buffering=0), b""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        said = bool(self._pending)
+        self._pending += (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            if not said:
+                log.warning("%s: the disk is full, its lines are kept until there is room: %s", self._path, error)
+
+    def sync(self) -> None:
+        """Have what was written on the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+
+    def close(self) -> None:
+        if self._pending:
+            log.warning("%s lacks its last %d bytes, the disk was full to the end", self._path, len(self._pending))
+        self._file.close()
 
 
 def _plain(value: Any) -> Any:

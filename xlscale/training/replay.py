@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xlscale.checkpoint.store import Checkpoint, newest
+from xlscale.checkpoint.newest import newest
+from xlscale.checkpoint.store import Checkpoint
 from xlscale.config import ConfigError, check_topology, load_config
 from xlscale.config_sections import Config
 from xlscale.data.stream import Batch

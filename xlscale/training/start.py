@@ -19,6 +19,7 @@ from xlscale.training.console import Console
 from xlscale.training.data_faults import tell_left_out
 from xlscale.training.faults import Faults
 from xlscale.training.metrics import MetricsLog
+from xlscale.training.probe import probe_problems
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,9 @@ def load_weights(sharded: ShardedModel, checkpoint: Checkpoint | None, config: C
             f"[model]; restore [model], or set another run.name ({len(wrong)} parameters differ)"
         )
     sharded.load(checkpoint.rows, checkpoint.manifest["optimizer_steps"])
+    if config.checkpoint.probe:
+        changed = changes_since(checkpoint, config)
+        raise_together(probe_problems(sharded, checkpoint.state("probe"), str(checkpoint.folder), changed))
     return checkpoint.step
 
 

@@ -6,6 +6,7 @@ L languages, C columns of sums, B rows of a micro-batch, M masked positions
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,14 @@ from xlscale.training.faults import Faults
 from xlscale.training.inputs import model_inputs
 from xlscale.training.schedule import lr_at
 
-COLUMNS = LOSS, MASKED, CORRECT, TOKENS, SAMPLES, REPLACED = range(6)
-"""Columns of the sums that are kept per language; tokens without padding, samples with those that were replaced."""
+COLUMNS = LOSS, MASKED, CORRECT, TOKENS, SAMPLES, REPLACED, ASKED = range(7)
+"""Columns of the sums that are kept per language; tokens without padding, samples with those that were replaced.
+
+The last two ride along in the first row, of no language: samples that were replaced, and ranks asked to end the run.
+"""
+
+Asked = Callable[[], bool]
+"""Whether this rank has been asked to end the run."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,18 @@ class Update:
     """This rank's micro-batches."""
     replaced: Replacements
     """Samples of all ranks that stand for others, whose shard cannot be used."""
+    asked: bool
+    """Whether any rank had been asked to end the run; the same on all ranks."""
 
 
 def run_update(
-    sharded: ShardedModel, loader: Loader, config: Config, faults: Faults, data_faults: DataFaults, step: int
+    sharded: ShardedModel,
+    loader: Loader,
+    config: Config,
+    faults: Faults,
+    data_faults: DataFaults,
+    step: int,
+    asked: Asked = lambda: False,
 ) -> Update:
     """Do update `step` (0-based) on this rank's slots; `faults` says whether it may be applied.
 
@@ -75,7 +90,7 @@ def run_update(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     skipped_before = sharded.skipped_updates
-    passed = forward_and_backward(sharded, batches, len(languages), training.seed, faults.limit)
+    passed = forward_and_backward(sharded, batches, len(languages), training.seed, faults.limit, asked)
     engine.step()
 
     per_language = passed.sums_LC.cpu().numpy()
@@ -115,7 +130,7 @@ def run_update(
     }
     if replaced:
         record["replaced"] = by_shard(replaced)
-    return Update(record, fault, batches, replaced)
+    return Update(record, fault, batches, replaced, bool(total[ASKED]))
 
 
 def my_slots(config: Config, topology: Topology) -> RankSlots:
@@ -130,12 +145,18 @@ def my_slots(config: Config, topology: Topology) -> RankSlots:
 
 
 def forward_and_backward(
-    sharded: ShardedModel, batches: list[Batch], languages: int, seed: int, limit: float | None
+    sharded: ShardedModel,
+    batches: list[Batch],
+    languages: int,
+    seed: int,
+    limit: float | None,
+    asked: Asked = lambda: False,
 ) -> Passed:
     """Forward and backward over this rank's micro-batches of one update; engine.step() would end it.
 
     A loss that is not finite, or is above `limit`, makes the gradient NaN on all ranks, and the engine then skips.
     That is decided on the device, between the last forward and its backward. limit None: the gradient is left as it is.
+    `asked` is called as late as its answer can still go with the update's sums.
     """
     topology, engine = sharded.topology, sharded.engine
     sums_LC = torch.zeros(languages, len(COLUMNS), dtype=torch.float64)
@@ -161,6 +182,8 @@ def forward_and_backward(
         micro_losses.append(losses_M.sum() / max(len(losses_M), 1))
         verdict: Any = None
         if number == len(batches) - 1:
+            if asked():
+                sums_LC[0, ASKED] = 1.0
             # Over the world and not dp: tensor-parallel ranks must not come to two verdicts for a last bit.
             dist.all_reduce(sums_LC)
             sums_LC /= topology.tp
