@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.config import ReadConfig, RecipeError, digest
+from data_pipelines.config import ReadConfig, RecipeError
 from data_pipelines.steps.corpora import kind_of, language_of_path
 from data_pipelines.steps.document import write_whole
 from data_pipelines.steps.fetch import read_remote
 from xlscale.data.remote import Remote, is_url
+from xlscale.data.shards import file_sha256
 
 LISTINGS = (".paths", ".paths.gz")
 SAVE_EVERY = 30.0  # seconds of reading archives for their digests that a killed command may lose
@@ -54,7 +55,7 @@ def described(archives: Sequence[str], cache: Path) -> list[dict[str, Any]]:
             path, stat = str(Path(archive).resolve()), Path(archive).stat()
             size_and_time = [stat.st_size, stat.st_mtime_ns]
             known_one = known.get(path, [])
-            found[path] = known_one if known_one[:2] == size_and_time else [*size_and_time, digest(archive)]
+            found[path] = known_one if known_one[:2] == size_and_time else [*size_and_time, file_sha256(Path(archive))]
             if time.monotonic() - started > SAVE_EVERY:
                 write_whole(cache, json.dumps(known | found))
                 started = time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_pipelines.config_rules import FILES, STEPS
 from data_pipelines.steps.thresholds import described
+from xlscale.data.shards import file_sha256
 
 
 class RecipeError(ValueError):
@@ -275,7 +276,7 @@ class Recipe:
         for name in FILES:
             section, key = name.split(".")
             if sections[section][key]:
-                sections[section][key] = digest(sections[section][key])
+                sections[section][key] = file_sha256(Path(sections[section][key]))
         for key in ("models", "tokenizers"):  # gigabytes each: by name and size
             pattern = Path(sections["perplexity"][key].replace("{language}", "*"))
             found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))) if pattern.name else []
@@ -285,9 +286,3 @@ class Recipe:
         code = [*sorted(Path(__file__).parent.glob("steps/*.py")), *own]
         parts = [json.dumps(sections, sort_keys=True).encode(), *(path.read_bytes() for path in code)]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
-
-
-def digest(path: str | Path) -> str:
-    """sha256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from xlscale.charts import Mark, Point, Series, line_chart, smooth
+from xlscale.data.shards import write_atomically
 from xlscale.page import absent, bar, cell, head, table, tiles, whole_page
 from xlscale.report_data import corpus, damaged, languages
 from xlscale.run_folder import Run, read_run
-from xlscale.training.metrics import short, write_atomically
+from xlscale.training.metrics import short
 
 PACKAGES = ("torch", "deepspeed", "fairscale", "safetensors", "sentencepiece")
 EVENTS_SHOWN = 200
@@ -26,7 +27,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     out = run_dir / "report.html"
-    write_atomically(out, page(run))
+    write_atomically(out, page(run).encode())
     return out
 
 

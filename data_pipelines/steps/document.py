@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, ClassVar
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+
+from xlscale.data.shards import write_atomically
 
 # Every reason for which a document is dropped, by the step that does it, with what it means; both in their order.
 REASONS: dict[str, dict[str, str]] = {
@@ -133,9 +134,4 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A text file, whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_atomically(path, text.encode("utf-8"))

@@ -1,6 +1,5 @@
 """Read: archives to documents; what is damaged in them is counted, and an archive beyond its budget is left out."""
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from data_pipelines.steps.fetch import at_hand
 from data_pipelines.steps.index import Found, Place, indexed
 from data_pipelines.steps.warc import records
 from xlscale.data.remote import is_url
+from xlscale.data.shards import file_sha256
 from xlscale.languages import from_iso
 
 HTML_TYPES = {"text/html", "application/xhtml+xml", "text/plain", ""}
@@ -56,8 +56,7 @@ class ReadArchives(PipelineStep):
                     "archive": archive, "source": number, "bytes": size, "records": {}, "faults": [], "bad": ""
                 }  # fmt: skip
                 if is_url(archive):
-                    with path.open("rb") as file:
-                        row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                    row["sha256"] = file_sha256(path)
                 try:
                     for document in self.archive(archive, path, row, heartbeat):
                         document.metadata["source"] = number

@@ -33,6 +33,7 @@ from xlscale.checkpoint.hub_names import hf_names, shapes_of
 from xlscale.checkpoint.weights import INDEX, SAFETENSORS
 from xlscale.config import load_config, to_toml
 from xlscale.config_sections import Config
+from xlscale.data.shards import file_sha256
 from xlscale.parallel.sharded import FP32, KINDS, share
 from xlscale.parallel.tensor_parallel import split_dim
 
@@ -78,7 +79,7 @@ def make(folder: Path, config: Config, dp: int, tp: int, dtype: str) -> None:
             path = folder / store.partition_file(tp_rank, dp_rank)
             save_file(tensors, path, metadata={"format": "pt", "starts": json.dumps(starts)})
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": store._digest(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in folder.rglob("*")
         if path.is_file()
     }

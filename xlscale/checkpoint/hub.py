@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from xlscale.checkpoint.card import CARD, is_marked, marked
 from xlscale.checkpoint.hub_config import TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZERS, hub_config
 from xlscale.checkpoint.hub_names import Shapes, compare_shapes, hf_names, shapes_of
-from xlscale.checkpoint.weights import CHUNK, INDEX, SAFETENSORS, check_finite, open_safetensors
+from xlscale.checkpoint.weights import CHUNK, INDEX, SAFETENSORS, check_finite, open_safetensors, safetensors_head
 from xlscale.config_sections import ModelConfig
 from xlscale.data.shards import fsync_path
 
@@ -190,10 +189,8 @@ def _write_safetensors(path: Path, shapes: Shapes, names: dict[str, str], pieces
         end = offset + math.prod(shape) * target.itemsize
         header[names[name]] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(safetensors_head(header))
         for name, shape in shapes.items():
             # No name holds the tensor here, so it is freed before the next one is read.
             _write_tensor(file, name, shape, pieces(name), target)

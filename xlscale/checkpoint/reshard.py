@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-import struct
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from xlscale.checkpoint.consolidate import open_checkpoint
 from xlscale.checkpoint.store import MANIFEST, Checkpoint, partition_file, publish, versions
+from xlscale.checkpoint.weights import safetensors_head
 from xlscale.config import load_config
 from xlscale.data.shards import fsync_path
 from xlscale.parallel.sharded import KINDS, share
@@ -108,10 +108,9 @@ class _File:
             for kind in KINDS:
                 begin, end = end, end + 4 * (stop - start)
                 header[f"{kind}/{name}"] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [begin, end]}
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._append(struct.pack("<Q", len(encoded)) + encoded)
-        self._bytes = self._written = 8 + len(encoded)
+        head = safetensors_head(header)
+        self._append(head)
+        self._bytes = self._written = len(head)
         self._bytes += end
 
     def take(self, name: str, start: int, flat: torch.Tensor) -> None:

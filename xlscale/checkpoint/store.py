@@ -32,7 +32,7 @@ from xlscale.checkpoint.retention import folder_name, point_at, remove_leftovers
 from xlscale.checkpoint.states import read_state, write_state
 from xlscale.config import ConfigError, to_toml
 from xlscale.config_sections import Config
-from xlscale.data.shards import disk_is_full, fsync_path
+from xlscale.data.shards import disk_is_full, file_sha256, fsync_path
 from xlscale.parallel.sharded import KINDS, ShardedModel, share
 from xlscale.parallel.tensor_parallel import split_dim
 from xlscale.parallel.topology import gather_problems
@@ -41,11 +41,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal(manifest: dict[str, Any]) -> str:
@@ -117,7 +112,7 @@ def save(
                 tensors[f"{kind}/{name}"] = sharded.read(parameter, kind).contiguous()
         save_file(tensors, partial / mine, metadata={"format": "pt", "starts": json.dumps(starts)})
         fsync_path(partial / mine)
-        entry = {"bytes": (partial / mine).stat().st_size, "sha256": _digest(partial / mine)}
+        entry = {"bytes": (partial / mine).stat().st_size, "sha256": file_sha256(partial / mine)}
     except (OSError, SafetensorError) as error:
         problems.append(_problem(partial / mine, error))
     _settle(problems, partial, topology.is_main)
@@ -154,7 +149,7 @@ def _finish(
             fsync_path(path)
         elif name not in files:
             fsync_path(path)
-            files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
@@ -242,7 +237,7 @@ class Checkpoint:
     def damaged(self, names: Iterable[str]) -> list[str]:
         """Which of the files do not have the digest that the manifest gives."""
         files = self.manifest["files"]
-        return [str(self.folder / name) for name in names if _digest(self.folder / name) != files[name]["sha256"]]
+        return [str(self.folder / name) for name in names if file_sha256(self.folder / name) != files[name]["sha256"]]
 
     def full(self, name: str, kind: str = KINDS[0]) -> torch.Tensor:
         """A whole parameter (or moment), fp32."""

@@ -5,6 +5,7 @@ Nothing in them is run or trusted, and no more of them is in memory than what is
 
 import json
 import re
+import struct
 import warnings
 import zipfile
 from argparse import Namespace
@@ -173,6 +174,13 @@ def _is_plain(value: Any) -> bool:
 def _first_line(error: Exception) -> str:
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:200]
+
+
+def safetensors_head(header: dict[str, Any]) -> bytes:
+    """What stands before the tensors of a safetensors file: the length of the header, and the header."""
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

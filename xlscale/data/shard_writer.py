@@ -14,7 +14,7 @@ import zstandard
 
 from xlscale.data.manifest import MANIFEST, Index, ShardRecord, manifest_bytes
 from xlscale.data.members import MAX_CHUNK, TAR_BLOCK
-from xlscale.data.shards import read_manifest, write_atomically
+from xlscale.data.shards import file_sha256, read_manifest, write_atomically
 from xlscale.languages import language_id
 
 COMPRESSIONS = {"none": "jsonl", "zstd": "jsonl.zst"}
@@ -140,8 +140,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         beside, final = Path(self._file.name), self.folder / f"{self._name}.tar"
-        with beside.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(beside)
         beside.replace(final)
         index = Index(*np.array(self._chunks, dtype=np.int64).T).to_bytes()
         record = ShardRecord(

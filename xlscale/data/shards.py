@@ -56,6 +56,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     fsync_path(path.parent)
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fsync_path(path: Path) -> None:
     """Make a file's bytes durable, or the names in a folder: a rename alone may be lost with the power."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xlscale.config_sections import Config
-from xlscale.data.shards import disk_is_full
+from xlscale.data.shards import disk_is_full, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _wandb_id(run_dir: Path) -> str:
     """The run's id in wandb, made once and kept in its folder, so that it goes on in its own curves."""
     path = run_dir / WANDB_ID
     if not path.exists():
-        write_atomically(path, secrets.token_hex(4) + "\n")
+        write_atomically(path, (secrets.token_hex(4) + "\n").encode())
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -285,20 +285,5 @@ def _cut(path: Path, after: int | None) -> int:
     kept = [record for record in records if after is None or record["step"] <= after]
     cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
     if len(kept) < len(records) or cut_short:
-        write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+        write_atomically(path, ("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)).encode())
     return kept[-1]["step"] if kept else 0
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Either the old content or the new one stands at `path`, whenever the process or the machine dies."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
