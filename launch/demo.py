@@ -1,6 +1,7 @@
 """The main job at a small size, `make demo`: archive -> shards -> tokenizer -> training -> Hub folder -> filled masks.
 
-Interrupted, it goes on where it was; begun again after it has finished, it keeps the data and trains anew.
+The training is killed by the demo itself, and goes on at another shape. Interrupted, the demo goes on where it was;
+begun again after it has finished, it keeps the data and trains anew.
 """
 
 import ctypes
@@ -15,12 +16,19 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE, CONFIG = "configs/data_demo.toml", "configs/demo.toml"
 RUN, GRID_RUN = Path("runs/demo"), Path("runs/demo-dp2-tp2")
+KILLED = RUN / "killed.json"
+"""What the run had done when the demo killed it; it is killed once."""
+KILL_AT, LOST = 600, 25
+"""It is killed once it is so many updates past a checkpoint, the first at or after so many updates."""
 GRID_STEPS = 3
-STEPS = 6
+STEPS = 7
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}
+"""What the losses of two shapes may differ by, relative."""
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 BIN = Path(sys.executable).parent
 
@@ -34,18 +42,29 @@ def step(number: int, what: str) -> Iterator[None]:
     print(f"== {number}/{STEPS} done in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def command(*arguments: str | Path) -> None:
-    """Show a command, run it in the repository's root, and end the demo if it fails."""
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    """Show a command and start it in the repository's root."""
     words = [str(argument) for argument in arguments]
     print("$ " + " ".join(words).replace(f"{BIN}{os.sep}", ""), flush=True)
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    code = subprocess.run(words, cwd=ROOT, env=environment, preexec_fn=die_with_the_demo).returncode
+    return subprocess.Popen(words, cwd=ROOT, env=environment, preexec_fn=die_with_the_demo)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a command, and end the demo if it fails."""
+    code = process.wait()
     if code:
-        print(
-            f"demo: the command above ended with {code}; mend what it says and run `make demo` again",
-            flush=True,
-        )
-        sys.exit(code)
+        sys.exit(f"demo: the command above ended with {code}; mend what it says and run `make demo` again")
+
+
+def command(*arguments: str | Path) -> None:
+    """Run a command to its end; interrupted from the keyboard, as the command itself is, it is waited for."""
+    process = start(*arguments)
+    try:
+        finish(process)
+    except KeyboardInterrupt:
+        process.wait()  # a training writes a checkpoint
+        raise
 
 
 def die_with_the_demo() -> None:
@@ -53,9 +72,21 @@ def die_with_the_demo() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of every update of a run; its last line may be cut short, of one that is under way or was killed."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def losses(run_dir: Path) -> list[float]:
     """Loss of every update of a run."""
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records(run_dir)]
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """Updates done when the newest checkpoint of a run was written, 0 when there is none."""
+    return max((int(path.name[5:]) for path in run_dir.glob("checkpoints/step-????????")), default=0)
 
 
 def faster_precision() -> str:
@@ -76,6 +107,35 @@ def faster_precision() -> str:
     return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
 
 
+def train_and_kill(*arguments: str | Path) -> None:
+    """Train, and when the run is well past a checkpoint, SIGKILL to all its processes at once."""
+    began, process = time.time(), start(*arguments)
+    try:
+        while process.poll() is None:
+            checkpoint, last = newest_checkpoint(RUN), (records(RUN) or [{"step": 0, "time": 0.0}])[-1]
+            # What an earlier process left past the checkpoint is not yet this one's.
+            if checkpoint >= KILL_AT and last["step"] >= checkpoint + LOST and last["time"] > began:
+                break
+            time.sleep(0.5)
+        else:  # it has failed, or this is the end of a run that was interrupted just before
+            finish(process)
+            print("   the run ended before it could be killed")
+            return
+        # What launch/local.sh has started is a process group: the launcher and the training processes.
+        group = int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout)
+        os.killpg(group, signal.SIGKILL)
+        process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    done, checkpoint = losses(RUN), newest_checkpoint(RUN)
+    print(f"   the demo did that: SIGKILL to process group {group}, the launcher and both training processes,")
+    print(f"   after update {len(done)}; the newest checkpoint is of update {checkpoint}: what came after it is lost")
+    written = KILLED.with_suffix(".partial")
+    written.write_text(json.dumps({"checkpoint": checkpoint, "losses": done}))
+    written.replace(KILLED)
+
+
 def start_over_if_finished() -> None:
     """A finished run would have nothing left to show; it is set aside. An unfinished one goes on."""
     if (RUN / "report.html").exists():
@@ -87,7 +147,7 @@ def start_over_if_finished() -> None:
 
 
 def main() -> None:
-    """All six steps."""
+    """All seven steps."""
     os.chdir(ROOT)
     started = time.monotonic()
     with step(1, "web archive -> cleaned, language-identified, deduplicated shards"):
@@ -97,26 +157,63 @@ def main() -> None:
         command(BIN / "python", "-m", "data_pipelines", "tokenizer", RECIPE)
     start_over_if_finished()
     precision = faster_precision()
-    with step(3, f"pretraining on 2 processes, ZeRO-3, {precision} (the faster one here)"):
-        command("launch/local.sh", "2", CONFIG, "--set", f"training.precision={precision}")
-    with step(4, f"the same start on dp2 x tp2 (4 processes): {GRID_STEPS} updates, equal losses"):
+    train = ("launch/local.sh", "2", CONFIG, "--set", f"training.precision={precision}")
+    with step(3, f"pretraining, dp2 (2 processes), ZeRO-3, {precision} (the faster one here), killed in the middle"):
+        if KILLED.exists():
+            print("   it has been killed already")
+        else:
+            train_and_kill(*train)
+    with step(4, "the same run goes on as dp1 x tp2 (2 processes): every weight matrix is cut in two"):
+        command(*train, "--set", "parallel.tensor_parallel=2")
+        if KILLED.exists():
+            compare_repeated(json.loads(KILLED.read_text()), TOLERANCES[precision])
+    with step(5, f"the same start as dp2 x tp2 (4 processes): {GRID_STEPS} updates, equal losses"):
         changes = [
             f"run.name={GRID_RUN.name}",
             f"training.precision={precision}",
             f"training.stop_after={GRID_STEPS}",
             "parallel.tensor_parallel=2",
-            "training.threads=1",
         ]
         command("launch/local.sh", "4", CONFIG, *(word for change in changes for word in ("--set", change)))
-        compare_first_losses(1e-4 if precision == "fp32" else 1e-2)
-    with step(5, "checkpoint -> Hub folder (safetensors, config.json, tokenizer)"):
-        command(BIN / "xlscale", "export", RUN, "--out", RUN / "hub" / "demo")
+        compare_first_losses(TOLERANCES[precision])
+    with step(
+        6, "Hub folders (safetensors, config.json, tokenizer, model card): those made in the run, and one by hand"
+    ):
+        show_exports()
         command(BIN / "xlscale", "export", GRID_RUN, "--out", GRID_RUN / "hub" / "from-dp2-tp2")
-    with step(6, "transformers loads it and fills masks; the report"):
-        command(BIN / "python", "launch/fill_masks.py", RUN / "hub" / "demo", RUN)
+    model = max((RUN / "hub").glob("step-*"))
+    with step(7, "transformers loads the run's last one and fills masks; the report"):
+        command(BIN / "python", "launch/fill_masks.py", model, RUN)
         command(BIN / "xlscale", "report", RUN)
     print(f"\ndemo: {time.monotonic() - started:.0f} s in all")
-    print(f"demo: open {RUN / 'report.html'}; the model is {RUN / 'hub' / 'demo'}")
+    print(f"demo: open {RUN / 'report.html'}; the model is {model}")
+
+
+def compare_repeated(told: dict[str, Any], tolerance: float) -> None:
+    """The updates that were lost were done again, by another shape: their losses must be the same."""
+    checkpoint, killed, again = told["checkpoint"], told["losses"], losses(RUN)
+    print("   update   killed run, dp2   again, tp2   difference")
+    print(f"   {checkpoint:6d}   {killed[checkpoint - 1]:15.6f}   the checkpoint")
+    differences = [abs(a - b) / a for a, b in zip(killed, again, strict=False)][checkpoint:]
+    for number, difference in enumerate(differences, checkpoint + 1):
+        if number <= checkpoint + 3 or number > len(killed) - 3:
+            print(f"   {number:6d}   {killed[number - 1]:15.6f}   {again[number - 1]:10.6f}   {difference:.1e}")
+        elif number == checkpoint + 4:
+            print(f"      ...   {len(differences) - 6} more; the largest difference of all is {max(differences):.1e}")
+    for number in range(len(killed) + 1, min(len(killed) + 3, len(again) + 1)):
+        print(f"   {number:6d}                     {again[number - 1]:10.6f}   new")
+    if max(differences) > tolerance:
+        sys.exit(f"demo: the losses differ by {max(differences):.1e}, more than {tolerance:.0e}: report this bug")
+
+
+def show_exports() -> None:
+    """What the run says of its Hub folders."""
+    events = map(json.loads, (RUN / "events.jsonl").read_text().splitlines())
+    for event in (event for event in events if event["event"] == "export"):
+        print(
+            f"   {event['folder']}: {event['bytes'] / 1e6:.1f} MB {event['dtype']}, {event['verified_tensors']} "
+            f"tensors compared with the weights in memory, {event['seconds']:.1f} s"
+        )
 
 
 def compare_first_losses(tolerance: float) -> None:
@@ -130,4 +227,7 @@ def compare_first_losses(tolerance: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ndemo: interrupted; `make demo` goes on where it was")

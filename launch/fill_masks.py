@@ -114,6 +114,7 @@ def main(hub_folder: str, run_dir: str) -> None:
     """Evaluate every language, print a table, write predictions.json; fail if the model is no better than counting."""
     config = load_config(Path(run_dir) / "config.toml")
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # for a window at a time of so small a model more only wait for each other
     tokenizer = AutoTokenizer.from_pretrained(hub_folder)
     model, loading = AutoModelForMaskedLM.from_pretrained(hub_folder, output_loading_info=True)
     problems = {key: sorted(map(str, found)) for key, found in loading.items() if found}

@@ -17,6 +17,7 @@ LEVELS = {
     "xlscale.config_deepspeed": 0,
     "xlscale.config_rules": 0,
     "xlscale.config_rules_data": 0,
+    "xlscale.config_rules_model": 0,
     "xlscale.config_sections": 0,
     "xlscale.config_values": 0,
     "xlscale.languages": 0,
@@ -38,6 +39,7 @@ LEVELS = {
     "xlscale.report_data": 5,
     "xlscale.cli": 6,
     "xlscale.cli_data": 6,
+    "xlscale.cli_deepspeed": 6,
 }
 FOR_PIPELINES = (
     "xlscale.charts",

@@ -236,7 +236,7 @@ def test_digests_of_archives_are_made_once(small, tmp_path, monkeypatch):
     from data_pipelines import archives
 
     made: list[str] = []
-    monkeypatch.setattr(archives, "digest", lambda path: made.append(str(path)) or "d" * 64)
+    monkeypatch.setattr(archives, "file_sha256", lambda path: made.append(str(path)) or "d" * 64)
     (tmp_path / "a").write_bytes(b"one")
     (tmp_path / "b").write_bytes(b"two")
     paths = [str(tmp_path / "a"), str(tmp_path / "b")]

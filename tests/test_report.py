@@ -63,7 +63,7 @@ def make_run(folder: Path, steps: int = 40, name: str = "demo") -> Path:
     log.event("start", 0, dp=2, tp=1, language_probabilities={"de_DE": 0.6, NASTY: 0.4})
     for step in range(1, steps + 1):
         if step == steps // 2:
-            log.event("checkpoint", step, folder="x")
+            log.event("checkpoint", step, folder="x", held_seconds=0.125, written_seconds=2.5, bytes=1000)
             log.event("resume", step)
         record: dict[str, Any] = {"step": step, "learning_rate": 1e-3, "tokens": 4096, "skipped_updates": 1}
         record |= {"loss": None if step == 7 else 9.0 - step / 20, "grad_norm": 500.0 if step == 9 else 1.0}

@@ -1,9 +1,11 @@
 """TP_PLAN as a table: every parameter is in a class, and splitting and merging are inverse."""
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 
-from xlscale.models.dropout import DropoutKey, KeyedDropout, seed_attention
+from xlscale.models.dropout import DropoutKey, KeyedDropout, seeded_attention
 from xlscale.models.encoder import Encoder
 from xlscale.models.families import PRESETS, preset
 from xlscale.models.heads import MaskedLM
@@ -111,15 +113,15 @@ def test_ranks_that_hold_different_elements_drop_different_ones() -> None:
 @pytest.mark.parametrize("output_attentions", [False, True])
 def test_attention_noise_is_a_function_of_key_place_and_rank(output_attentions: bool) -> None:
     key = DropoutKey()
-    seeded = []
+    sites = []
 
-    def seed(site: int) -> None:
-        seeded.append(site)
-        seed_attention(site, key, tp_rank=0)
+    def seeded(site: int) -> AbstractContextManager[None]:
+        sites.append(site)
+        return seeded_attention(site, key, tp_rank=0)
 
     config = preset("xlm-roberta-base", **SMALL, is_decoder=True, add_cross_attention=True, hidden_dropout_prob=0.0)
     torch.manual_seed(0)
-    encoder = Encoder(config, Parts(seed_attention=seed))
+    encoder = Encoder(config, Parts(seeded_attention=seeded))
     given = {"encoder_hidden_states": torch.randn(2, 5, 24), "output_attentions": output_attentions}
     ids = torch.arange(3, 13).view(2, 5)
 
@@ -131,10 +133,10 @@ def test_attention_noise_is_a_function_of_key_place_and_rank(output_attentions: 
     assert torch.equal(hidden(1), hidden(1))
     assert not torch.equal(hidden(1), hidden(2))
     # Self-attention of each layer, then cross-attention of each: no two places drop alike.
-    assert seeded[:6] == [0, 3, 1, 4, 2, 5]
-    seeded.clear()
+    assert sites[:6] == [0, 3, 1, 4, 2, 5]
+    sites.clear()
     encoder.eval()
-    assert torch.equal(hidden(1), hidden(2)) and not seeded
+    assert torch.equal(hidden(1), hidden(2)) and not sites
 
 
 def run_layers(encoder: Encoder, ids: torch.Tensor, **given: bool) -> int:

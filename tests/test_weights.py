@@ -3,15 +3,20 @@
 import json
 import pickle
 import re
+import shutil
 from argparse import Namespace
+from collections import defaultdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import xlscale
 from tests.hub_folders import FAMILIES, Bomb, as_bin, assert_same, noisy, refused
 from xlscale.checkpoint.hub_folder import open_hub_folder
+from xlscale.checkpoint.importers import import_folder
+from xlscale.cli import app
 
 
 @pytest.fixture
@@ -72,6 +77,29 @@ def test_pickle_that_runs_code_is_refused_and_not_run(how, folder, tmp_path):
     assert "may run code; it was not run" in line and "weights_only" not in line
     assert how == "bare" or re.search(r"a pickle that asks for (posix|os|nt)\.system", line)
     assert not mark.exists()
+
+
+def test_pickle_that_asks_for_more_is_read_only_when_that_is_said(folder, tmp_path, caplog):
+    """A mapping of the standard library's is enough for torch to refuse it; this one also runs code."""
+    file, mark, out = as_bin(folder) / "pytorch_model.bin", tmp_path / "it ran", tmp_path / "out"
+    wanted = xlscale.load_pretrained(folder)
+    torch.save({**torch.load(file, weights_only=True), "x": Bomb(f"'{mark}'")}, tmp_path / "bomb.bin")
+    torch.save(defaultdict(list, torch.load(file, weights_only=True)), file)
+    line = refused(folder)
+    assert "asks for collections.defaultdict" in line and "import it with --unsafe-pickle" in line
+    done = CliRunner().invoke(app, ["import", str(folder), "--out", str(out), "--unsafe-pickle"])
+    assert done.exit_code == 0, done.output
+    assert f"{file} asks for collections.defaultdict: unpickled without limits" in caplog.text
+    assert_same(xlscale.load_pretrained(out), wanted)
+    shutil.copy(tmp_path / "bomb.bin", file)  # it runs, and is still no model
+    with pytest.raises(ValueError, match="'x' is not a plain tensor"):
+        open_hub_folder(folder, unsafe=True)
+    assert mark.exists()
+
+
+def test_a_file_that_no_limit_keeps_back_is_not_run_for_a_flag_it_does_not_need(folder, tmp_path, caplog):
+    import_folder(as_bin(folder), tmp_path / "out", unsafe=True)
+    assert "unpickled without limits" not in caplog.text
 
 
 def bad_bins(folder):

@@ -12,6 +12,7 @@ import typer
 
 from xlscale import __version__
 from xlscale.cli_data import data
+from xlscale.cli_deepspeed import deepspeed
 from xlscale.config import ConfigError, load_config
 
 # What is imported inside a command takes seconds (torch); --help and a misspelt key must not wait for it.
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data)
+app.add_typer(deepspeed)
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
@@ -130,12 +132,15 @@ def import_(
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Number format of the weights; by default SRC's.")
     ] = None,
+    unsafe_pickle: Annotated[
+        bool, typer.Option("--unsafe-pickle", help="Read a .bin or .pt that asks for more than tensors: its code runs.")
+    ] = False,
 ) -> None:
     """Make a Hub folder of SRC (safetensors, .bin, fairseq's model.pt), tensor by tensor, whatever its size."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from xlscale.checkpoint.importers import import_folder
 
-    import_folder(source, out, dtype or "")
+    import_folder(source, out, dtype or "", unsafe_pickle)
     print(out)
 
 

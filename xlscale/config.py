@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from xlscale.config_deepspeed import deepspeed_problems, leaves, nested
-from xlscale.config_rules import (
-    broken_rules,
-    divisors,
-    multiples,
-    tensor_parallel_problem,
-)
+from xlscale.config_rules import broken_rules, tensor_parallel_problem
 from xlscale.config_sections import Config
-from xlscale.config_values import TYPE_NAMES, exact, fits, nearest, toml_value
+from xlscale.config_values import TYPE_NAMES, divisors, exact, fits, multiples, nearest, toml_value
 
 
 class ConfigError(ValueError):

@@ -227,6 +227,9 @@ class CheckpointConfig:
     """So many with the best `best_metric` are kept besides; 0 = none."""
     best_metric: str = "loss"
     """What makes a checkpoint the best, "loss" or "masked_accuracy": its mean since the checkpoint before."""
+    asynchronous: bool = True
+    """Training waits only while its state is copied, and goes on while it is written; the copy takes 12 bytes of host
+    memory for each parameter, shared out over the processes. false = training waits for the disk."""
     probe: bool = True
     """The logits of a few fixed inputs are stored beside the weights, and after loading they must come out again."""
 

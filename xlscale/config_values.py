@@ -1,4 +1,4 @@
-"""Values of TOML and JSON: whether one has the type that a field wants, how it is written, which name was meant."""
+"""Values of TOML and JSON: whether one has the type that a field wants, how it is written, what else was meant."""
 
 import difflib
 import json
@@ -67,3 +67,14 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """The way out of a wrong name: the known one most like it, or all known ones."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+def multiples(value: int, of: int) -> str:
+    """The multiples of `of` next to `value`, as words."""
+    below, above = value // of * of, (value // of + 1) * of
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def divisors(*numbers: int) -> list[int]:
+    """What divides all of `numbers`, up to 64 (no tensor-parallel group is larger)."""
+    return [d for d in range(1, 65) if all(n % d == 0 for n in numbers)]

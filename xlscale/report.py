@@ -55,8 +55,19 @@ def header(run: Run) -> str:
         ("throughput", short(statistics.median(speeds)) if speeds else "-", "tokens per second, median"),
         ("time in updates", _duration(seconds), f"{resumes} resumes" if resumes != 1 else "1 resume"),
         ("skipped updates", str(last.get("skipped_updates", 0)), "not finite, or a spike"),
+        *_saves(run),
     ]
     return f'<h1>{_t(run.name)}</h1><span class="state {"done" if done else "part"}">{state}</span>{tiles(figures)}'
+
+
+def _saves(run: Run) -> list[tuple[str, str, str]]:
+    """For how long a checkpoint holds the training, where there is one."""
+    saves = [event for event in run.events if event["event"] == "checkpoint" and "held_seconds" in event]
+    if not saves:
+        return []
+    held, written = (statistics.median(save[key] for save in saves) for key in ("held_seconds", "written_seconds"))
+    told = f"for a checkpoint, median of {len(saves):,}; written in {written:.3g} s"
+    return [("training held", f"{held:.3g} s", told)]
 
 
 def losses(run: Run) -> str:

@@ -1,11 +1,13 @@
 """One grid of real runs, launched once for all tests of this folder."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.engine_folders import MODEL, TAG
 from tests.distributed.fault_cases import CASES, REPLAYS, WINDOW
 from tests.distributed.launch import ROOT, run
 from xlscale.config_values import toml_value
@@ -16,6 +18,7 @@ GRID = {"dp1-tp1": (1, 1, 4), "dp2-tp1": (2, 1, 2), "dp1-tp2": (1, 2, 4), "dp2-t
 """name -> (data-parallel, tensor-parallel, accumulation), as the issue asks."""
 BATCH = 8
 WORKER = str(ROOT / "tests" / "distributed" / "train_cases.py")
+ENGINE_WORKER = str(ROOT / "tests" / "distributed" / "engine_file_cases.py")
 CASE_WORKER = str(ROOT / "tests" / "distributed" / "fault_cases.py")
 
 ConfigFor = Callable[..., Path]
@@ -113,3 +116,30 @@ def runs(tiny_config: ConfigFor, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     run(4, [CASE_WORKER, str(root), *tensor_parallel], root / "four.log", timeout=300)
     return root
+
+
+@pytest.fixture(scope="session")
+def engine_saved(tiny_config: ConfigFor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What engine_file_cases.py leaves of one launch."""
+    root = tmp_path_factory.mktemp("engine")
+    tiny_config(root, "base", shape_changes("dp2-tp2") | MODEL)
+    run(4, [ENGINE_WORKER, str(root)], root / "launch.log", timeout=300)
+    return root
+
+
+@pytest.fixture(scope="session")
+def engine_universal(engine_saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """case -> the folder that deepspeed's ds_to_universal makes of it."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    root = tmp_path_factory.mktemp("universal")
+
+    def converted(case: str) -> Path:
+        out = root / case / TAG
+        if not out.exists():
+            given = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+            folders = {"input_folder": str(engine_saved / "engine" / case / TAG), "output_folder": str(out)}
+            ds_to_universal.main(Namespace(inject_missing_state=False, **folders, **given))
+        return out
+
+    return converted

@@ -17,10 +17,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from xlscale.checkpoint.store import MANIFEST, _seal, partition_file
+from xlscale.checkpoint.partition_file import file_entry, partition_file
+from xlscale.checkpoint.store import MANIFEST, _seal
 from xlscale.config import ConfigError, load_config
 from xlscale.data.masking import IGNORE
-from xlscale.data.shards import file_sha256
 from xlscale.data.stream import open_stream
 from xlscale.parallel.sharded import FP32, ShardedModel
 from xlscale.training import loop
@@ -49,7 +49,7 @@ def poison(folder: Path, parameter: str, index: int, value: float, dp: int = 2) 
         tensors[f"fp32/{parameter}"][local] = value
         save_file(tensors, path, metadata=metadata)
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        manifest["files"][path.name] = file_entry(path)
         manifest["seal"] = _seal(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest))
 

@@ -29,7 +29,7 @@ METHODS = {
     "module_state_dict": "xlscale export",
     "_consolidated_16bit_state_dict": "xlscale export",
     "_zero3_consolidated_16bit_state_dict": "xlscale export",
-    "save_checkpoint": "xlscale.checkpoint.store.save",
+    "save_checkpoint": "xlscale.checkpoint.saver.save",
     "load_checkpoint": "ShardedModel.load",
     "load_module_state_dict": "ShardedModel.load",
 }

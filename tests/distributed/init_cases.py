@@ -12,7 +12,7 @@ import torch
 
 from xlscale.checkpoint.hub_folder import HubFolder
 from xlscale.checkpoint.init_from import folder_rows
-from xlscale.checkpoint.store import save
+from xlscale.checkpoint.saver import save
 from xlscale.config import load_config
 from xlscale.models.heads import HEADS
 from xlscale.parallel.sharded import ShardedModel

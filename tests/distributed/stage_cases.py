@@ -6,12 +6,16 @@ checkpoint there, from which another stage goes on at the next size.
 
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from xlscale.checkpoint.store import Checkpoint, save
+from xlscale.checkpoint.saver import save
+from xlscale.checkpoint.store import Checkpoint
 from xlscale.config_sections import (
     Config,
     DataConfig,
@@ -24,10 +28,10 @@ from xlscale.config_sections import (
 from xlscale.models.heads import MaskedLM
 from xlscale.models.init import init_weights
 from xlscale.parallel.sharded import KINDS, MOMENTS, ShardedModel
-from xlscale.parallel.tensor_parallel import tensor_slice
+from xlscale.parallel.tensor_parallel import split_dim, tensor_slice
 from xlscale.parallel.topology import Topology, process_groups
 from xlscale.parallel.zero import build
-from xlscale.training.optimizer import adamw
+from xlscale.training.optimizer import NO_DECAY, adamw, group_of
 
 # Widths that neither 2 nor 4 ranks divide: 37 pieces, rows of 20, biases of 20 and 28, 13 positions.
 MODEL = ModelConfig(
@@ -220,6 +224,18 @@ class Case:
                 saved = self.cut(name, checkpoint.full(name, kind)).reshape(-1)[start:stop]
                 assert torch.equal(sharded.read(parameter, kind), saved), (self.what, kind, name)
 
+    def reads_its_share(self, reading: "Reading") -> None:
+        """Of each tensor this rank's rows were read, once, and with them the columns of the other slices, if any."""
+        sharded = self.sharded
+        for name, parameter in sharded.named_parameters():
+            shape = sharded.full_shapes()[name]
+            width, whole = prod(shape[1:]), prod(shape)
+            start, stop = sharded.partition(parameter)
+            share = (stop - start) * (sharded.topology.tp if split_dim(name) == 1 else 1)
+            read, ends = reading.elements[name] / len(KINDS), 2 * (width - 1)  # of the first and the last row
+            assert read <= min(share + ends, whole), (self.what, name, read, share)
+        print(self.what, "reads its share", flush=True)
+
     def snapshot(self) -> list[torch.Tensor]:
         """Everything that an update changes."""
         sharded = self.sharded
@@ -242,6 +258,15 @@ class Case:
         for one, other in zip(before, self.snapshot(), strict=True):
             assert torch.equal(one, other), (self.what, parameter)
 
+    def decays(self) -> None:
+        """The engine decays what it should, by the groups that it has; and they are in the manifest's words."""
+        groups, names = self.sharded.groups(), self.sharded.group_names()
+        for name, _ in self.sharded.named_parameters():
+            decay = 0.0 if group_of(name) == NO_DECAY else OPTIMIZER.weight_decay
+            wanted = {"weight_decay": decay, "betas": OPTIMIZER.betas, "eps": OPTIMIZER.eps}
+            assert groups[names[name]] == wanted, (self.what, name, names[name], groups)
+        print(self.what, "decays no norm and no bias", flush=True)
+
 
 def begin(case: Case, steps: list[Step]) -> None:
     weights = dict(model().named_parameters())
@@ -257,8 +282,28 @@ def begin(case: Case, steps: list[Step]) -> None:
     case.state(steps[UPDATES - 1], UPDATES)
 
 
+@dataclass
+class Reading:
+    """A checkpoint that is read, and what is held of it."""
+
+    checkpoint: Checkpoint
+    elements: Counter[str] = field(default_factory=Counter)
+    """Parameter -> elements read of it, of all kinds."""
+    last: StorageWeakRef | None = None
+
+    def rows(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        assert self.last is None or self.last.expired(), f"{name}: what was read before is still held"
+        found = self.checkpoint.rows(kind, name, start, stop)
+        self.elements[name] += found.numel()
+        self.last = StorageWeakRef(found.untyped_storage())
+        return found
+
+
 def go_on(case: Case, steps: list[Step], checkpoint: Checkpoint) -> None:
-    case.sharded.load(checkpoint.rows, checkpoint.manifest["optimizer_steps"])
+    reading, sharded = Reading(checkpoint), case.sharded
+    sharded.load(reading.rows, checkpoint.manifest["optimizer_steps"])
+    case.reads_its_share(reading)
+    case.decays()
     case.same_as(checkpoint)
     case.update(UPDATES, steps[UPDATES])
     case.skip(9, 1, "head.norm.bias")

@@ -1,7 +1,10 @@
 """A running job's Hub folders: written by all ranks, held against the weights in memory, and pushed behind it."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,17 @@ from transformers import AutoModelForMaskedLM
 from tests.distributed.conftest import ConfigFor, shape_changes
 from tests.distributed.export_cases import FAULTS, WRONG
 from tests.distributed.launch import ROOT, environment, run
+from tests.distributed.test_keeping import mounted, unmount
+from tests.distributed.test_signals import ENDLESS, await_updates
 from tests.fake_hub import FakeHub
 from xlscale.checkpoint.card import is_marked
 from xlscale.checkpoint.consolidate import export_checkpoint
 from xlscale.checkpoint.push import TOKEN
 from xlscale.checkpoint.store import Checkpoint
-from xlscale.training.metrics import read_events
+from xlscale.config import ConfigError, load_config
+from xlscale.training.loop import train
+from xlscale.training.metrics import read_events, read_metrics
+from xlscale.training.signals import REQUEUE
 
 WORKER = str(ROOT / "tests" / "distributed" / "export_cases.py")
 CHANGES = {
@@ -80,6 +88,61 @@ def test_folder_that_is_not_the_weights_in_memory_is_refused_by_tensor_on_all_ra
     assert not list((runs / fault / "hub").iterdir()), "nothing is left of it"
     assert Checkpoint.open(runs / fault / "checkpoints" / "step-00000002").step == 2
     assert not [event for event in read_events(runs / fault) if event["event"] == "export"]
+
+
+def test_disk_that_is_full_fails_the_exports_and_ends_the_run_only_at_its_end(
+    tiny_config: ConfigFor, tmp_path: Path
+) -> None:
+    """The Hub folders have a file system of their own, too small for one."""
+    config = tiny_config(tmp_path, "run", shape_changes("dp1-tp1") | CHANGES)
+    run_dir, hub = tmp_path / "run", tmp_path / "run" / "hub"
+    if not mounted(hub, "size=64k"):
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with pytest.raises(ConfigError, match=rf"^stopped after update 4: export {hub}/step-00000004: .*No space left"):
+            train(load_config(config))
+        assert not list(hub.iterdir()), "nothing is left of them"
+    finally:
+        unmount(hub)
+    failed = [event["step"] for event in read_events(run_dir) if event["event"] == "export_failed"]
+    assert failed == [2, 4] and len(read_metrics(run_dir)) == 4
+    assert "step-00000002: " in (run_dir / "log.txt").read_text()
+
+    train(load_config(config))
+    assert [path.name for path in hub.iterdir()] == ["step-00000004"]
+
+
+def test_export_due_at_the_update_that_a_signal_ends_is_made_up_for_at_the_next_start(
+    tiny_config: ConfigFor, tmp_path: Path
+) -> None:
+    changes = shape_changes("dp1-tp1") | ENDLESS | {"export.every": 1}
+    config, run_dir = tiny_config(tmp_path, "asked", changes), tmp_path / "asked"
+    over = threading.Event()
+
+    def ask() -> None:
+        await_updates(run_dir, 3, lambda: not over.is_set(), config)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train(load_config(config))
+    finally:
+        over.set()
+        asker.join()
+    assert ended.value.code == REQUEUE
+    done = len(read_metrics(run_dir))
+    last = run_dir / "hub" / f"step-{done:08d}"
+    assert not last.exists() and last.with_name(f"step-{done - 1:08d}").exists()
+    half = last.with_name(f".{last.name}.writing")  # as if a kill had come while it was made
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+
+    train(load_config(config, [f"training.stop_after={done + 1}"]))
+    exported = [event["step"] for event in read_events(run_dir) if event["event"] == "export"]
+    assert exported == list(range(1, done + 2)) and not half.exists()
+    assert tensors(last).keys() == tensors(last.with_name(f"step-{done + 1:08d}")).keys()
 
 
 def test_push_that_fails_stops_no_run_and_the_token_is_nowhere(tiny_config: ConfigFor, tmp_path: Path) -> None:

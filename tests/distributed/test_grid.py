@@ -18,6 +18,7 @@ from tests.distributed.grid_cases import (
     DROPOUT,
     DROPOUT_UPDATES,
     EXACT,
+    SLOW,
     UPDATES,
     WRONG_NORM,
     Case,
@@ -78,11 +79,11 @@ def plain_torch(config: Config) -> Curve:
 
 
 class Launched:
-    """Findings of the cases, each number of processes launched when the first of its cases is asked for."""
+    """Findings of the cases, launched together by the number of processes and by whether they are slow ones."""
 
     def __init__(self, root: Path, config_for: ConfigFor) -> None:
         self.root, self.config_for = root, config_for
-        self.world_sizes: set[int] = set()
+        self.done: set[tuple[int, bool]] = set()
         self.plain: dict[str, Curve] = {}
 
     def config(self, case: Case) -> Path:
@@ -97,12 +98,13 @@ class Launched:
     def ranks(self, case: Case) -> list[dict[str, Any]]:
         """What each rank has found."""
         world_size = case.dp * case.tp
-        if world_size not in self.world_sizes:
+        part = world_size, case in SLOW
+        if part not in self.done:
             self.reference(case.model)  # derives the token shards, once
-            cases = sorted((c for c in CASES if c.dp * c.tp == world_size), key=lambda c: c.tp)
+            cases = sorted((c for c in CASES if (c.dp * c.tp, c in SLOW) == part), key=lambda c: c.tp)
             paths = [str(self.config(c)) for c in cases]
             run(world_size, [WORKER, *paths], self.root / f"world{world_size}.log", timeout=600)
-            self.world_sizes.add(world_size)
+            self.done.add(part)
         found = [torch.load(self.root / case.name / f"findings-{rank}.pt") for rank in range(world_size)]
         assert "error" not in found[0], found[0]["error"]
         return found
@@ -171,7 +173,10 @@ def name_of(case: Case) -> str:
     return case.name
 
 
-@pytest.mark.parametrize("case", EXACT, ids=name_of)
+EXACT_MARKED = [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in EXACT]
+
+
+@pytest.mark.parametrize("case", EXACT_MARKED, ids=name_of)
 def test_losses_norms_gradients_and_weights_equal_plain_torch(case: Case, launched: Launched) -> None:
     for kind, found in differences(launched.curve(case), launched.reference(case.model)).items():
         assert not too_far(found, TOLERANCE), kind

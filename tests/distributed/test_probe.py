@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.conftest import ConfigFor, shape_changes
-from xlscale.checkpoint.store import MANIFEST, Checkpoint, _seal, partition_file
+from xlscale.checkpoint.partition_file import file_entry, partition_file
+from xlscale.checkpoint.store import MANIFEST, Checkpoint, _seal
 from xlscale.config import load_config
-from xlscale.data.shards import file_sha256
 from xlscale.models.heads import MaskedLM
 from xlscale.training.loop import train
 from xlscale.training.metrics import read_metrics
@@ -52,7 +52,7 @@ def swap_two_layers(checkpoint: Path) -> None:
     first, second = (f"fp32/{name}" for name in LAYERS)
     save_file(tensors | {first: tensors[second], second: tensors[first]}, path, metadata)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    manifest["files"][path.name] = file_entry(path)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"seal": _seal(manifest)}))
 
 

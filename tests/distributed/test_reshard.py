@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from tests.distributed.conftest import ConfigFor, shape_changes
 from xlscale.checkpoint import reshard as resharding
 from xlscale.checkpoint.newest import newest
+from xlscale.checkpoint.partition_file import partition_file
 from xlscale.checkpoint.reshard import reshard
-from xlscale.checkpoint.store import Checkpoint, partition_file
+from xlscale.checkpoint.store import Checkpoint
 from xlscale.cli import app
 from xlscale.config import load_config
 from xlscale.parallel.sharded import KINDS

@@ -59,7 +59,8 @@ def test_signal_to_one_rank_saves_on_all_at_one_update_and_the_run_goes_on_to_th
     assert checkpoint is not None and checkpoint.step == done < STEPS
     event = read_events(run_dir)[-1]
     assert (event["event"], event["step"], event["signal"], event["saved"]) == ("stop", done, "SIGUSR1", True)
-    assert 0 < read_events(run_dir)[-2]["seconds"] < 60
+    saved = read_events(run_dir)[-2]
+    assert saved["event"] == "checkpoint" and 0 < saved["held_seconds"] < 60 and saved["written_seconds"] > 0
     assert "start it again to go on" in (run_dir / "log.txt").read_text()
 
     run(2, [WORKER, str(config)], tmp_path / "second.log", timeout=120)

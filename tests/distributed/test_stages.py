@@ -26,14 +26,27 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     return launch(4, "guard_cases.py", ["2", "4"], tmp_path_factory.mktemp("four"))
 
 
-def test_every_stage_is_plain_torch_on_two_ranks(tmp_path: Path) -> None:
-    for said in launch(2, "stage_cases.py", ["1", "2"], tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    return launch(2, "stage_cases.py", ["1", "2"], tmp_path_factory.mktemp("two"))
+
+
+def test_every_stage_is_plain_torch_on_two_ranks(two_ranks: list[list[str]]) -> None:
+    for said in two_ranks:
         assert sum(line.endswith("is plain torch's") for line in said) == CASES + OFFLOADED
 
 
 def test_every_stage_is_plain_torch_on_four_ranks(four_ranks: list[list[str]]) -> None:
     for said in four_ranks:
         assert sum(line.endswith("is plain torch's") for line in said) == CASES
+
+
+@pytest.mark.parametrize("claim", ["decays no norm and no bias", "reads its share"])
+def test_every_stage_that_goes_on_at_another_shape(
+    claim: str, two_ranks: list[list[str]], four_ranks: list[list[str]]
+) -> None:
+    for said in two_ranks + four_ranks:
+        assert sum(line.endswith(claim) for line in said) == CASES // 2
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,11 @@ def check_shares(topology: Topology) -> None:
         assert isinstance(dropout, KeyedDropout)
         first, *others = of_all_ranks(dropout(ones), topology)
         assert all(torch.equal(first, other) == alike for other in others), (sequence_parallel, site)
-    parallel_parts(topology, key).seed_attention(0)
-    first, *others = of_all_ranks(torch.rand(16), topology)
+    with parallel_parts(topology, key).seeded_attention(0):
+        first, *others = of_all_ranks(torch.rand(16), topology)
     assert not any(torch.equal(first, other) for other in others)
+    first, *others = of_all_ranks(torch.rand(16), topology)
+    assert all(torch.equal(first, other) for other in others)
 
 
 def saved_bytes(model: MaskedLM, given: dict[str, Any]) -> int:

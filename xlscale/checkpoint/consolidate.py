@@ -1,9 +1,7 @@
 """A checkpoint's partitions -> rows of full tensors, a few MiB at a time -> a Hub folder."""
 
 import logging
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from xlscale.checkpoint.store import MANIFEST, Checkpoint
 from xlscale.checkpoint.weights import MAPPED
 from xlscale.config import load_config
 from xlscale.config_sections import Config
-from xlscale.parallel.sharded import FP32
+from xlscale.parallel.sharded import FP32, KINDS
 
 log = logging.getLogger(__name__)
 
@@ -23,32 +21,32 @@ PIECE = 1 << 21
 """Elements read at a time: few enough that they are still in a cache when they are written."""
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a step's folder, a folder of them or a run's folder (then the newest whole one)."""
+def open_checkpoint(path: Path, kinds: Collection[str] = KINDS) -> Checkpoint:
+    """The checkpoint at `path`: a step's folder, a folder of them or a run's folder (then the newest whole one).
+
+    kinds: what will be read of its partitions; their digests are checked, and those of all else.
+    """
     if (path / MANIFEST).exists():
         checkpoint = Checkpoint.open(path)
-        # hashlib lets other threads run: a digest takes longer than the reading.
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
-            found = threads.map(lambda name: checkpoint.damaged([name]), checkpoint.manifest["files"])
-            damaged = [file for files in found for file in files]
-        if damaged:
-            raise ValueError(f"{', '.join(damaged)}: damaged (sha256 differs from the manifest); use another step")
+        if damaged := checkpoint.damaged(checkpoint.manifest["files"], kinds):
+            raise ValueError(f"{', '.join(damaged)}: damaged (not the manifest's digest); use another step")
         return checkpoint
-    found_newest = newest(path / "checkpoints") or newest(path)
+    found_newest = newest(path / "checkpoints", kinds=kinds) or newest(path, kinds=kinds)
     if found_newest is None:
         raise ValueError(f"{path} holds no whole checkpoint; give a run's folder or one of its checkpoints/step-*")
     return found_newest
 
 
 class Consolidation:
-    """The full weights of a checkpoint, a few rows at a time; what is mapped of its files stays below MAPPED bytes."""
+    """The full tensors of a checkpoint, a few rows at a time; what is mapped of its files stays below MAPPED bytes."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint = checkpoint
+        # Of its own, for what is mapped by one that the caller keeps is never let go.
+        self._checkpoint = Checkpoint(checkpoint.folder, checkpoint.manifest)
         self._read = 0
 
-    def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The rows of a parameter in order, fp32."""
+    def pieces(self, name: str, kind: str = FP32) -> Iterator[torch.Tensor]:
+        """The rows of a parameter (or moment) in order, fp32."""
         rows, *rest = self._checkpoint.manifest["parameters"][name]["shape"]
         width = torch.Size(rest).numel()
         step = max(1, PIECE // width)
@@ -58,7 +56,7 @@ class Consolidation:
             if self._read > MAPPED:
                 self._checkpoint = Checkpoint(self._checkpoint.folder, self._checkpoint.manifest)
                 self._read = 0
-            yield self._checkpoint.rows(FP32, name, start, stop)
+            yield self._checkpoint.rows(kind, name, start, stop)
 
 
 def checkpoint_writer(
@@ -71,7 +69,7 @@ def checkpoint_writer(
 
 def export_checkpoint(path: Path, out: Path, dtype: str = "fp32") -> Path:
     """Write the Hub folder `out` from a checkpoint of any topology; no tensor is ever whole in memory."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, (FP32,))
     config = load_config(checkpoint.folder / "config.toml")
     writer = checkpoint_writer(checkpoint, config, out, dtype)
     write_alone(writer, Consolidation(checkpoint).pieces, checkpoint_card(checkpoint, config, dtype))

@@ -18,11 +18,20 @@ from xlscale.checkpoint.store import Checkpoint
 from xlscale.config import ConfigError
 from xlscale.config_sections import Config
 from xlscale.parallel.sharded import ShardedModel
-from xlscale.parallel.topology import raise_together
+from xlscale.parallel.topology import gather_problems
 
 log = logging.getLogger(__name__)
 
 FAILURES = (ValueError, OSError, SafetensorError)
+
+
+class ExportFailedError(Exception):
+    """An export failed for want of room, or for what else a person can mend: nothing is left of it, all ranks know."""
+
+
+def _fail_together(problems: list[str]) -> None:
+    if found := gather_problems(problems):
+        raise ExportFailedError("; ".join(found))
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Exported:
 def export_together(folder: Path, out: Path, sharded: ShardedModel, config: Config) -> Exported:
     """Write `out` from the checkpoint `folder` and compare every tensor with the live weights. Collective.
 
-    The folder appears whole and verified, or not at all: then ConfigError on all ranks says why.
+    The folder appears whole and verified, or not at all. On all ranks alike: ExportFailedError where it could not be
+    written or read back, ConfigError where it was and does not hold the live weights.
     """
     started, topology, problems = time.perf_counter(), sharded.topology, list[str]()
     writer: HubWriter | None = None
@@ -52,9 +62,9 @@ def export_together(folder: Path, out: Path, sharded: ShardedModel, config: Conf
             writer.begin()
     except FAILURES as error:
         problems.append(f"export {out}: {error}")
-    raise_together(problems)
-    assert writer is not None
     try:
+        _fail_together(problems)
+        assert writer is not None
         # Neighbours are on one machine: consecutive files go to ranks far apart, that all machines write.
         owners = {file: i * topology.world_size // len(writer.files) for i, file in enumerate(writer.files)}
         mine = [file for file, owner in owners.items() if owner == topology.rank]
@@ -64,7 +74,7 @@ def export_together(folder: Path, out: Path, sharded: ShardedModel, config: Conf
                 writer.write_file(file, pieces)
         except FAILURES as error:
             problems.append(f"export {out}: {error}")
-        raise_together(problems)
+        _fail_together(problems)
         written = time.perf_counter()
         _verify(writer, mine, sharded)
         verify_seconds = time.perf_counter() - written
@@ -73,9 +83,9 @@ def export_together(folder: Path, out: Path, sharded: ShardedModel, config: Conf
                 writer.finish(checkpoint_card(checkpoint, config, config.export.dtype))
             except FAILURES as error:
                 problems.append(f"export {out}: {error}")
-        raise_together(problems)
+        _fail_together(problems)
     finally:
-        if topology.is_main:
+        if topology.is_main and writer:
             writer.abandon()
     return Exported(
         writer.folder,
@@ -96,7 +106,7 @@ def _verify(writer: HubWriter, mine: list[str], sharded: ShardedModel) -> None:
             of_files |= file_digests(writer.beside / file, {ours: writer.names[ours] for ours in writer.files[file]})
     except FAILURES as error:
         problems.append(f"export {writer.folder}: {error}")
-    raise_together(problems)
+    _fail_together(problems)
     dtype = DTYPES[writer.dtype][0]
     live = {name: live_digest(sharded, name, parameter, dtype) for name, parameter in sharded.named_parameters()}
     order = sorted(live)

@@ -5,7 +5,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from xlscale.config_rules import XMOD_ONLY, broken_rules
+from xlscale.config_rules import broken_rules
+from xlscale.config_rules_model import XMOD_ONLY
 from xlscale.config_sections import ModelConfig
 from xlscale.config_values import TYPE_NAMES, exact, fits
 

@@ -73,12 +73,15 @@ class HubFolder:
         return self.rows(name, 0, self.shapes[name][0])
 
 
-def open_hub_folder(where: str | Path, head: str | None = None, seed: int = 0, **changes: Any) -> HubFolder:
+def open_hub_folder(
+    where: str | Path, head: str | None = None, seed: int = 0, unsafe: bool = False, **changes: Any
+) -> HubFolder:
     """Open a model's folder, or a weights file in it, for the head that its config.json names, or another.
 
     head: a key of HEADS. Of another head than the folder's the folder has no weights: what they share is read, the rest
-    is drawn from `seed`. changes: fields of ModelConfig that shall differ, such as num_labels. ValueError, in one line,
-    for whatever is missing, unexpected, damaged, of a wrong shape, not tied, or not honoured.
+    is drawn from `seed`. unsafe: pickles may run code. changes: fields of ModelConfig that shall differ, such as
+    num_labels. ValueError, in one line, for whatever is missing, unexpected, damaged, of a wrong shape, not tied, or
+    not honoured.
     """
     where = Path(where)
     folder = where.parent if where.is_file() else where
@@ -89,9 +92,9 @@ def open_hub_folder(where: str | Path, head: str | None = None, seed: int = 0, *
     configured = (folder / CONFIG).is_file() or not (where.is_file() or (where / FAIRSEQ).is_file())
     if configured:
         model, own = read_hub_config(folder / CONFIG), read_head(folder / CONFIG)
-        weights = open_weights(where)
+        weights = open_weights(where, unsafe)
     else:
-        weights = open_weights(where)
+        weights = open_weights(where, unsafe)
         if not is_fairseq(weights):
             raise ValueError(f"{folder / CONFIG} does not exist; {where.name} needs it beside it")
         model, own = fairseq_config(weights), None

@@ -17,14 +17,15 @@ MADE_UP = "madeupword"
 """fairseq fills its dictionary with these up to a round number."""
 
 
-def import_folder(source: str | Path, out: str | Path, dtype: str = "") -> Path:
+def import_folder(source: str | Path, out: str | Path, dtype: str = "", unsafe: bool = False) -> Path:
     """Write the Hub folder `out` from a folder, or a weights file in it, of transformers or fairseq.
 
-    dtype: a key of DTYPES, "" = the source's own. Peak memory is the largest tensor, but for pickles of torch below
-    1.6, which are read as a whole. ValueError, with nothing written, for a source that cannot be read or honoured.
+    dtype: a key of DTYPES, "" = the source's own. unsafe: pickles that ask for more than tensors are read too, and run
+    whatever code they hold. Peak memory is the largest tensor, but for pickles of torch below 1.6, which are read as a
+    whole. ValueError, with nothing written, for a source that cannot be read or honoured.
     """
     source = Path(source)
-    opened = open_hub_folder(source)
+    opened = open_hub_folder(source, unsafe=unsafe)
     if not opened.is_mapped:
         log.warning("%s is a pickle of torch below 1.6 and is read into memory as a whole", source)
     folder = source.parent if source.is_file() else source

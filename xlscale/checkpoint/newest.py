@@ -1,6 +1,7 @@
 """The newest whole checkpoint: what a run goes on from, and what is exported or replayed."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import torch.distributed as dist
@@ -8,17 +9,21 @@ import torch.distributed as dist
 from xlscale.checkpoint.retention import folder_name, folders, point_at, remove_leftovers, set_aside
 from xlscale.checkpoint.store import Checkpoint, OtherFormatError
 from xlscale.config import ConfigError
+from xlscale.parallel.sharded import KINDS
 from xlscale.parallel.topology import Topology, gather_problems, raise_together
 
 log = logging.getLogger(__name__)
 
 
-def newest(root: Path, topology: Topology | None = None, up_to: int | None = None) -> Checkpoint | None:
+def newest(
+    root: Path, topology: Topology | None = None, up_to: int | None = None, kinds: Collection[str] = KINDS
+) -> Checkpoint | None:
     """The newest whole checkpoint under `root`, every file's digest checked; a broken one is named and passed over.
 
     With a topology all ranks call it, share the checking and get the same answer. up_to: the last step that may be.
+    kinds: what will be read of the partitions.
     """
-    return _first_whole(root, topology, up_to)[0]
+    return _first_whole(root, topology, up_to, kinds)[0]
 
 
 def take_up(root: Path, topology: Topology) -> Checkpoint | None:
@@ -58,7 +63,7 @@ def take_up(root: Path, topology: Topology) -> Checkpoint | None:
 
 
 def _first_whole(
-    root: Path, topology: Topology | None, up_to: int | None = None
+    root: Path, topology: Topology | None, up_to: int | None = None, kinds: Collection[str] = KINDS
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose every byte is as its manifest says, and the names of those before it."""
     rank, world = (topology.rank, topology.world_size) if topology else (0, 1)
@@ -72,7 +77,8 @@ def _first_whole(
         try:
             checkpoint = Checkpoint.open(root / name)
             files = sorted(checkpoint.manifest["files"])
-            problems = [f"{path} is damaged (sha256 differs)" for path in checkpoint.damaged(files[rank::world])]
+            damaged = checkpoint.damaged(files[rank::world], kinds)
+            problems = [f"{path} is damaged (its digest differs)" for path in damaged]
         except OtherFormatError:
             raise  # whole, and so on all ranks: an older one would be the wrong one
         except (ValueError, OSError) as error:

@@ -1,21 +1,17 @@
 """A checkpoint's partitions cut anew for another shape, ahead of time: read and written block by block."""
 
-import hashlib
-import json
 import logging
 import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xlscale.checkpoint.consolidate import open_checkpoint
-from xlscale.checkpoint.store import MANIFEST, Checkpoint, partition_file, publish, versions
-from xlscale.checkpoint.weights import safetensors_head
+from xlscale.checkpoint.partition_file import Entry, PartitionFile, partition_file
+from xlscale.checkpoint.store import MANIFEST, Checkpoint, publish, versions
 from xlscale.config import load_config
 from xlscale.data.shards import fsync_path
-from xlscale.parallel.sharded import KINDS, share
+from xlscale.parallel.sharded import KINDS, Rows, share
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +60,28 @@ def _write(checkpoint: Checkpoint, partial: Path, final: Path, dp: int, tp: int)
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / name, partial / name)
         fsync_path(partial / name)
-    written = [
-        [_File(partial / partition_file(t, d), _layout(old, t, tp, d, dp)) for d in range(dp)] for t in range(tp)
-    ]
-    for name in old["parameters"]:
-        for kind in KINDS:
-            _cut(checkpoint, kind, name, written)
-    files |= {file.path.name: file.close() for row in written for file in row}
+    files |= write_partitions(partial, old["parameters"], checkpoint.rows, dp, tp)
     manifest = {key: value for key, value in old.items() if key != "seal"}
     manifest |= {"topology": before | {"dp": dp, "tp": tp}, "versions": versions(), "files": files}
     manifest["resharded_from"] = {"topology": before, "seal": old["seal"], "versions": old["versions"]}
     assert not (partial / MANIFEST).exists()
     publish(partial, final, manifest)
+
+
+def write_partitions(folder: Path, parameters: dict[str, Any], rows: Rows, dp: int, tp: int) -> dict[str, Entry]:
+    """Write the files of all ranks of dp x tp, and what a manifest says of each.
+
+    `parameters`: as in a manifest. `rows`: where they come from, in blocks; kind by kind, name by name.
+    """
+    ranks = [[(t, d) for d in range(dp)] for t in range(tp)]
+    written = [
+        [PartitionFile(folder / partition_file(t, d), _layout(parameters, t, tp, d, dp)) for t, d in row]
+        for row in ranks
+    ]
+    for kind in KINDS:
+        for name, entry in parameters.items():
+            _cut(rows, kind, name, entry, written)
+    return {file.path.name: file.close() for row in written for file in row}
 
 
 def _slice_shape(entry: dict[str, Any], tp_rank: int, tp: int) -> list[int]:
@@ -87,63 +93,18 @@ def _slice_shape(entry: dict[str, Any], tp_rank: int, tp: int) -> list[int]:
     return shape
 
 
-def _layout(manifest: dict[str, Any], tp_rank: int, tp: int, dp_rank: int, dp: int) -> dict[str, tuple[int, int]]:
+def _layout(parameters: dict[str, Any], tp_rank: int, tp: int, dp_rank: int, dp: int) -> dict[str, tuple[int, int]]:
     """Name -> start and stop of one rank's partition in its flat slice."""
-    return {
-        name: share(prod(_slice_shape(entry, tp_rank, tp)), dp_rank, dp)
-        for name, entry in manifest["parameters"].items()
-    }
+    return {name: share(prod(_slice_shape(entry, tp_rank, tp)), dp_rank, dp) for name, entry in parameters.items()}
 
 
-class _File:
-    """One rank's partitions, written from front to back: parameter by parameter, and of each kind by kind."""
-
-    def __init__(self, path: Path, ranges: dict[str, tuple[int, int]]) -> None:
-        self.path, self.ranges = path, ranges
-        self._digest = hashlib.sha256()
-        starts = {name: start for name, (start, _) in ranges.items()}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", "starts": json.dumps(starts)}}
-        end = 0
-        for name, (start, stop) in ranges.items():
-            for kind in KINDS:
-                begin, end = end, end + 4 * (stop - start)
-                header[f"{kind}/{name}"] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [begin, end]}
-        head = safetensors_head(header)
-        self._append(head)
-        self._bytes = self._written = len(head)
-        self._bytes += end
-
-    def take(self, name: str, start: int, flat: torch.Tensor) -> None:
-        """Write what of `flat`, elements of the slice from `start` on, is this rank's."""
-        first, last = self.ranges[name]
-        low, high = max(start, first), min(start + len(flat), last)
-        if low < high:
-            self._append(flat[low - start : high - start].numpy().data)
-            self._written += 4 * (high - low)
-
-    def close(self) -> dict[str, Any]:
-        """Flush it; what the manifest says of it."""
-        assert self._written == self._bytes == self.path.stat().st_size, self.path
-        fsync_path(self.path)
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        # Opened each time: of a grid of thousands no process may have all files open.
-        with self.path.open("ab", buffering=0) as file:
-            view = memoryview(data).cast("B")
-            while view:
-                view = view[file.write(view) :]
-
-
-def _cut(checkpoint: Checkpoint, kind: str, name: str, written: list[list[_File]]) -> None:
+def _cut(rows: Rows, kind: str, name: str, entry: dict[str, Any], written: list[list[PartitionFile]]) -> None:
     """Read one parameter, block by block, and give each rank its part."""
-    entry, tp = checkpoint.manifest["parameters"][name], len(written)
-    shape, dim = entry["shape"], entry["split_dim"]
+    shape, dim, tp = entry["shape"], entry["split_dim"], len(written)
     step = max(1, BLOCK // (4 * prod(shape[1:])))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        block = checkpoint.rows(kind, name, start, stop)
+        block = rows(kind, name, start, stop)
         for tp_rank, files in enumerate(written):
             part, row = block, start
             if dim is not None:
@@ -153,6 +114,10 @@ def _cut(checkpoint: Checkpoint, kind: str, name: str, written: list[list[_File]
                     part = block[max(start, low) - start : max(start, low, min(stop, high)) - start]
                 else:
                     part = block[:, low:high]
-            flat = part.reshape(-1)
+            flat, begin = part.reshape(-1), row * prod(part.shape[1:])
             for file in files:
-                file.take(name, row * prod(part.shape[1:]), flat)
+                # What of `flat`, elements of the slice from `begin` on, is this rank's.
+                first, last = file.ranges[name]
+                low, high = max(begin, first), min(begin + len(flat), last)
+                if low < high:
+                    file.write(flat[low - begin : high - begin])

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 
-def write_state(folder: Path, name: str, state: dict[str, Any]) -> None:
-    """<name>.safetensors where the values are tensors, else <name>.json."""
+def encode_state(name: str, state: dict[str, Any]) -> tuple[str, bytes]:
+    """Name and content of the file of a state: <name>.safetensors where the values are tensors, else <name>.json."""
     if state and all(isinstance(value, torch.Tensor) for value in state.values()):
-        save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
-    else:
-        (folder / f"{name}.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        return f"{name}.safetensors", save({key: value.contiguous() for key, value in state.items()})
+    return f"{name}.json", json.dumps(state, indent=1).encode()
 
 
 def read_state(folder: Path, name: str, files: Container[str]) -> dict[str, Any]:
-    """What write_state wrote; empty when `files`, those of the checkpoint, has neither."""
+    """What encode_state made of a state; empty when `files`, those of the checkpoint, has neither."""
     if f"{name}.safetensors" in files:
         return load_file(folder / f"{name}.safetensors")
     if f"{name}.json" not in files:

@@ -1,7 +1,8 @@
 """A checkpoint is a folder that is complete or does not count: each rank writes its partitions, any shape reads them.
 
     step-00000100/
-      manifest.json                         step, slot, topology, every parameter's full shape, a digest of every file
+      manifest.json                         step, slot, topology, every parameter's full shape and group of the
+                                            optimizer, each group's hyper-parameters, digests of every file
       config.toml  stream.json              the resolved config; the stream's position and fingerprints
       faults.json                           the skipped updates, and the losses that a spike is measured by
       data_faults.json                      the samples replaced so far, by shard and cause
@@ -10,37 +11,31 @@
       tokenizer/                            as on the Hub, so that an export needs nothing else
       partitions-tp00-dp0000.safetensors    flat fp32 weight and moments of that rank, by parameter name
 
-It is written beside under another name, flushed, renamed, and only then pointed to by the link `latest`.
+It is written beside under another name, flushed, renamed, and only then pointed to by the link `latest` (saver.py). No
+state of a generator stands in it: every draw is a function of the seed and a slot (training/generators.py).
 """
 
 import hashlib
 import json
-import logging
-import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from xlscale.checkpoint.retention import folder_name, point_at, remove_leftovers, retain
-from xlscale.checkpoint.states import read_state, write_state
-from xlscale.config import ConfigError, to_toml
-from xlscale.config_sections import Config
-from xlscale.data.shards import disk_is_full, file_sha256, fsync_path
-from xlscale.parallel.sharded import KINDS, ShardedModel, share
-from xlscale.parallel.tensor_parallel import split_dim
-from xlscale.parallel.topology import gather_problems
+from xlscale.checkpoint.partition_file import part_digest, partition_file
+from xlscale.checkpoint.states import read_state
+from xlscale.data.shards import fsync_path
+from xlscale.parallel.sharded import KINDS, share
 
-log = logging.getLogger(__name__)
-
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+READERS = 4
+"""Threads that read files for their digests: a disk of a network serves several better than one."""
 
 
 def _seal(manifest: dict[str, Any]) -> str:
@@ -54,121 +49,6 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("xlscale", "torch", "deepspeed", "fairscale", "safetensors")}
 
 
-def partition_file(tp_rank: int, dp_rank: int) -> str:
-    """Name of the file of one rank's partitions."""
-    return f"partitions-tp{tp_rank:02d}-dp{dp_rank:04d}.safetensors"
-
-
-class DiskFullError(Exception):
-    """No room for a checkpoint: nothing is left of it, all older ones are, and all ranks know."""
-
-
-Problem = tuple[bool, str]
-"""Whether a full disk is all that is wrong, and the line."""
-
-
-def _problem(path: Path, error: Exception) -> Problem:
-    return disk_is_full(error), f"checkpoint {path}: {error}"
-
-
-def _settle(problems: list[Problem], partial: Path, is_main: bool) -> None:
-    """Nothing, or on all ranks DiskFullError when no rank has another problem than that, else ConfigError."""
-    found = gather_problems(problems)
-    lines = [line for _, line in found]
-    if not all(full for full, _ in found):
-        raise ConfigError(lines)
-    if found:
-        if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise DiskFullError("; ".join(lines))
-
-
-def save(
-    root: Path, sharded: ShardedModel, config: Config, step: int, slot: int, states: dict[str, dict[str, Any]]
-) -> Path:
-    """Write `root/step-<step>` from all ranks and return it; raises DiskFullError or ConfigError on all ranks alike.
-
-    `slot`: the first slot of the next update. `states`: what else must go on, each a file of its own.
-    Older folders that [checkpoint] does not keep are removed afterwards.
-    """
-    topology = sharded.topology
-    final = root / folder_name(step)
-    partial = root / f"{final.name}.partial"
-    problems: list[Problem] = []
-    if topology.is_main:
-        try:
-            remove_leftovers(root)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            problems.append(_problem(partial, error))
-    _settle(problems, partial, topology.is_main)
-    mine = partition_file(topology.tp_rank, topology.dp_rank)
-    entry: dict[str, Any] = {}
-    try:
-        starts, tensors = {}, {}
-        for name, parameter in sharded.named_parameters():
-            starts[name] = sharded.partition(parameter)[0]
-            for kind in KINDS:
-                tensors[f"{kind}/{name}"] = sharded.read(parameter, kind).contiguous()
-        save_file(tensors, partial / mine, metadata={"format": "pt", "starts": json.dumps(starts)})
-        fsync_path(partial / mine)
-        entry = {"bytes": (partial / mine).stat().st_size, "sha256": file_sha256(partial / mine)}
-    except (OSError, SafetensorError) as error:
-        problems.append(_problem(partial / mine, error))
-    _settle(problems, partial, topology.is_main)
-    entries: list[tuple[str, dict[str, Any]]] = [("", {})] * topology.world_size
-    dist.all_gather_object(entries, (mine, entry))
-    if topology.is_main:
-        try:
-            _finish(partial, final, sharded, config, step, slot, states, dict(entries))
-            _tidy_up(final, config)
-        except OSError as error:
-            problems.append(_problem(partial, error))
-    _settle(problems, partial, topology.is_main)
-    return final
-
-
-def _finish(
-    partial: Path,
-    final: Path,
-    sharded: ShardedModel,
-    config: Config,
-    step: int,
-    slot: int,
-    states: dict[str, dict[str, Any]],
-    files: dict[str, dict[str, Any]],
-) -> None:
-    """The main rank's part of a save: the small files, the manifest, the rename."""
-    (partial / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    for name, state in states.items():
-        write_state(partial, name, state)
-    shutil.copytree(config.data.tokenizer, partial / "tokenizer")
-    for path in sorted(partial.rglob("*")):
-        name = str(path.relative_to(partial))
-        if path.is_dir():
-            fsync_path(path)
-        elif name not in files:
-            fsync_path(path)
-            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "step": step,
-        "slot": slot,
-        "optimizer_steps": sharded.optimizer_steps,
-        "topology": {
-            "dp": sharded.topology.dp,
-            "tp": sharded.topology.tp,
-            "zero_stage": config.parallel.zero_stage,
-        },
-        "versions": versions(),
-        "parameters": {
-            name: {"shape": list(shape), "split_dim": split_dim(name)} for name, shape in sharded.full_shapes().items()
-        },
-        "files": files,
-    }
-    publish(partial, final, manifest)
-
-
 def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Seal the manifest of `partial`, whose other files are flushed, rename it to `final`, and point to that."""
     manifest["seal"] = _seal(manifest)
@@ -179,17 +59,6 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         final.rename(final.with_suffix(".removed"))
     partial.rename(final)
     fsync_path(final.parent)
-
-
-def _tidy_up(final: Path, config: Config) -> None:
-    """Point to the new checkpoint and remove those that do not stay; it counts, be there room for that or not."""
-    try:
-        point_at(final)
-        retain(final.parent, config.checkpoint)
-    except OSError as error:
-        if not disk_is_full(error):
-            raise
-        log.warning("%s is saved, but there is no room to point to it or to remove older ones: %s", final, error)
 
 
 class OtherFormatError(ValueError):
@@ -234,10 +103,22 @@ class Checkpoint:
         """One of the `states` that it was saved with; empty when it was saved without."""
         return read_state(self.folder, name, self.manifest["files"])
 
-    def damaged(self, names: Iterable[str]) -> list[str]:
-        """Which of the files do not have the digest that the manifest gives."""
-        files = self.manifest["files"]
-        return [str(self.folder / name) for name in names if file_sha256(self.folder / name) != files[name]["sha256"]]
+    def damaged(self, names: Iterable[str], kinds: Collection[str] = KINDS) -> list[str]:
+        """Which of the files do not have the digests that the manifest gives; of partitions only `kinds` are read."""
+
+        def differs(part: tuple[str, list[Any]]) -> str:
+            name, (start, stop, digest) = part
+            return name if part_digest(self.folder / name, start, stop) != digest else ""
+
+        parts = [
+            (name, place)
+            for name in names
+            for part, place in self.manifest["files"][name]["parts"].items()
+            if part not in KINDS or part in kinds
+        ]
+        with ThreadPoolExecutor(READERS) as readers:
+            wrong = dict.fromkeys(filter(None, readers.map(differs, parts)))
+        return [str(self.folder / name) for name in wrong]
 
     def full(self, name: str, kind: str = KINDS[0]) -> torch.Tensor:
         """A whole parameter (or moment), fp32."""

@@ -1,23 +1,23 @@
 """Files of named tensors as others write them: safetensors and torch's pickles, of one file or of several.
 
-Nothing in them is run or trusted, and no more of them is in memory than what is being read.
+Nothing in them is trusted, nor run where --unsafe-pickle does not say so, and no more of them is in memory than what
+is being read.
 """
 
 import json
-import re
 import struct
-import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from xlscale.checkpoint.pickles import first_line, read_pickle
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -30,13 +30,16 @@ MAPPED = 1 << 30
 
 
 class WeightsFile:
-    """One memory-mapped file. ValueError for a damaged one, and for a pickle of more than tensors and plain values."""
+    """One memory-mapped file. ValueError for a damaged one, and for a pickle of more than tensors and plain values.
 
-    def __init__(self, path: Path):
-        self.path = path
+    unsafe: such a pickle is read all the same, and runs whatever code it holds.
+    """
+
+    def __init__(self, path: Path, unsafe: bool = False):
+        self.path, self.unsafe = path, unsafe
         self._read = 0
         self._open = _open_safetensors if path.suffix == ".safetensors" else _open_pickle
-        self._tensors, self.extra = self._open(path)
+        self._tensors, self.extra = self._open(path, unsafe)
         """extra: what stands in fairseq's file beside the tensors."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -55,8 +58,8 @@ class WeightsFile:
         """Rows of a tensor along dimension 0, a view of the mapped file."""
         width = torch.Size(self.shapes[name][1:]).numel() * READABLE[self.dtypes[name]].itemsize
         self._read += (stop - start) * width
-        if self._read > MAPPED and self.is_mapped:
-            self._tensors, self.extra = self._open(self.path)
+        if self._read > MAPPED and self.is_mapped and not self.unsafe:  # code that it holds runs once
+            self._tensors, self.extra = self._open(self.path, False)
             self._read = (stop - start) * width
         found: Tensor = self._tensors[name][start:stop]
         return found
@@ -101,15 +104,18 @@ class Weights:
         return self.held[name].rows(name, start, stop)
 
 
-def open_weights(where: Path) -> Weights:
-    """The weights of a folder, or of one file of it; ValueError when there are none, or not all, or damaged ones."""
+def open_weights(where: Path, unsafe: bool = False) -> Weights:
+    """The weights of a folder, or of one file of it; ValueError when there are none, or not all, or damaged ones.
+
+    unsafe: as of WeightsFile.
+    """
     if where.is_file():
-        return Weights(where, [WeightsFile(where)])
+        return Weights(where, [WeightsFile(where, unsafe)])
     for name, index in ((SAFETENSORS, INDEX), (PICKLE, PICKLE_INDEX), (FAIRSEQ, "")):
         if (where / name).is_file():
-            return Weights(where, [WeightsFile(where / name)])
+            return Weights(where, [WeightsFile(where / name, unsafe)])
         if index and (where / index).is_file():
-            return Weights(where, [WeightsFile(where / file) for file in _listed(where / index)])
+            return Weights(where, [WeightsFile(where / file, unsafe) for file in _listed(where / index)])
     known = (SAFETENSORS, INDEX, PICKLE, PICKLE_INDEX, FAIRSEQ)
     raise ValueError(f"{where} has none of {', '.join(known)}; give the folder of a model")
 
@@ -119,7 +125,7 @@ def _listed(index: Path) -> list[str]:
     try:
         listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index ({_first_line(error)}); copy it anew") from None
+        raise ValueError(f"{index} is not an index ({first_line(error)}); copy it anew") from None
     absent = [name for name in listed if Path(str(name)).name != name or not (index.parent / name).is_file()]
     if absent or not listed:
         raise ValueError(f"{index} names {absent}, not in the folder; copy all of its files")
@@ -131,30 +137,18 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not safetensors ({_first_line(error)}); copy it anew") from None
+        raise ValueError(f"{path} is damaged or not safetensors ({first_line(error)}); copy it anew") from None
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Any], None]:
+def _open_safetensors(path: Path, _: bool) -> tuple[dict[str, Any], None]:
     file = open_safetensors(path)
     return {name: file.get_slice(name) for name in file.keys()}, None  # noqa: SIM118
 
 
-def _open_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _open_pickle(path: Path, unsafe: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The tensors of a pickle, and of fairseq's what stands beside them."""
-    try:
-        # An argparse.Namespace holds fairseq's settings; it is filled with values and runs nothing.
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a parser of foreign bytes can fail with
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked:
-            why = f"is a pickle that asks for {asked[1]}, and may run code; it was not run"
-        elif isinstance(error, UnpicklingError):  # torch's own words are to read it without care
-            why = "is damaged, or a pickle of more than tensors, which may run code; it was not run"
-        else:
-            raise ValueError(f"{path} is a pickle that cannot be read ({_first_line(error)}); copy it anew") from None
-        raise ValueError(f"{path} {why}: use safetensors, or save the tensors of a file that you trust anew") from None
+    # An argparse.Namespace holds fairseq's settings; it is filled with values and runs nothing.
+    content = read_pickle(path, [Namespace], unsafe)
     extra = None
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         extra = {key: value for key, value in content.items() if key in ("args", "cfg")}
@@ -169,11 +163,6 @@ def _open_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-
-
-def _first_line(error: Exception) -> str:
-    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:200]
 
 
 def safetensors_head(header: dict[str, Any]) -> bytes:

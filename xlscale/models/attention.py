@@ -4,6 +4,7 @@ Legend: B batch, T queries, K keys, D hidden, N heads (of this rank), H head dim
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         assert D % model.num_attention_heads == 0, "config.check refuses this"
         self.head_dim = D // model.num_attention_heads
         self.dropout_prob = model.attention_probs_dropout_prob
-        self.cross, self.site, self.seed = cross, site, parts.seed_attention
+        self.cross, self.site, self.seeded = cross, site, parts.seeded_attention
         self.into_columns, self.into_split = parts.into_columns, parts.into_split
         self.query = parts.column(D, D)
         self.key = parts.column(D, D)
@@ -125,18 +126,17 @@ class Attention(nn.Module):
         dropout = self.dropout_prob if self.training else 0.0
         bias_BNTK = None if self.positions == "absolute" else self._distance_scores(q_BNTH, k_BNKH)
         weights_BNTK = None
-        if dropout:
-            self.seed(self.site)
-        if output_weights:
-            weights_BNTK = F.dropout(_weights(q_BNTH, k_BNKH, bias_BNTK, mask), dropout)
-            context_BNTH = weights_BNTK @ v_BNKH
-        else:
-            allowed, causal = mask
-            if bias_BNTK is not None:
-                allowed, causal = _masked(bias_BNTK, mask, -math.inf), False
-            context_BNTH = F.scaled_dot_product_attention(
-                q_BNTH, k_BNKH, v_BNKH, attn_mask=allowed, dropout_p=dropout, is_causal=causal
-            )
+        with self.seeded(self.site) if dropout else nullcontext():
+            if output_weights:
+                weights_BNTK = F.dropout(_weights(q_BNTH, k_BNKH, bias_BNTK, mask), dropout)
+                context_BNTH = weights_BNTK @ v_BNKH
+            else:
+                allowed, causal = mask
+                if bias_BNTK is not None:
+                    allowed, causal = _masked(bias_BNTK, mask, -math.inf), False
+                context_BNTH = F.scaled_dot_product_attention(
+                    q_BNTH, k_BNKH, v_BNKH, attn_mask=allowed, dropout_p=dropout, is_causal=causal
+                )
         if head_mask_N is not None:
             factor_N11 = self._of_my_heads(head_mask_N, q_BNTH.shape[1]).to(context_BNTH.dtype)[:, None, None]
             context_BNTH = context_BNTH * factor_N11

@@ -136,7 +136,7 @@ class Layer(nn.Module):
 
 
 def recomputed(layer: nn.Module, hidden_BTD: Tensor, given: LayerInput) -> LayerOutput:
-    """What the layer gives, keeping only its input: the backward pass runs it again, with the same keyed noise."""
+    """What the layer gives, keeping only its input: the backward pass runs it again, with the same noise."""
 
     def run(hidden_BTD: Tensor, states_BKD: Tensor | None) -> Tensor:
         output: LayerOutput = layer(hidden_BTD, given._replace(states_BKD=states_BKD))
@@ -146,5 +146,5 @@ def recomputed(layer: nn.Module, hidden_BTD: Tensor, given: LayerInput) -> Layer
     # weights released before the backward pass needs them, and the early stop that hides this leaves entries on the
     # engine's stack of modules, three a layer and micro-step. This kind gives gradients only where the input has one,
     # so the encoder asks for that.
-    output_BTD = checkpoint(run, hidden_BTD, given.states_BKD, use_reentrant=True, preserve_rng_state=False)
+    output_BTD = checkpoint(run, hidden_BTD, given.states_BKD, use_reentrant=True)
     return LayerOutput(output_BTD, None, None, None)

@@ -4,6 +4,7 @@ Legend: M masked positions, D hidden, V vocabulary (of this rank, where the proj
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,8 +73,8 @@ class Parts:
     dropout: Callable[[float, int], nn.Module] = lambda p, site: nn.Dropout(p)
     """(p, site): dropout with noise keyed by place. `site` numbers the places of the residual stream from 0 upwards;
     those below 0 are a head's, whose activations are whole on every rank."""
-    seed_attention: Callable[[int], None] = lambda site: None
-    """(site): called right before attention weights are dropped, whose noise comes from torch's own generator, as
+    seeded_attention: Callable[[int], AbstractContextManager[None]] = lambda site: nullcontext()
+    """(site): entered while attention weights are dropped, whose noise comes from torch's own generator, as
     fused kernels take it from there. Each rank drops weights of its own heads; site numbers the attentions."""
     into_columns: Callable[[Tensor], Any] = lambda x: x
     """What the residual stream goes through, once, before the column layers that read it; what it gives is for

@@ -105,7 +105,7 @@ class GuardedEngine(DeepSpeedEngine):
 
 
 EXPORT = "`xlscale export` writes the whole model"
-SAVE = "xlscale.checkpoint.store.save writes a checkpoint that any topology reads"
+SAVE = "xlscale.checkpoint.saver.save writes a checkpoint that any topology reads"
 LOAD = "ShardedModel.load fills the model from a checkpoint of any topology"
 
 

@@ -44,7 +44,7 @@ class PartitionedModel(ShardedModel):
         start = self.topology.dp_rank * size
         return min(start, numel), min(start + size, numel)
 
-    def read(self, parameter: Any, kind: str) -> torch.Tensor:
+    def local(self, parameter: Any, kind: str) -> torch.Tensor:
         start, stop = self.partition(parameter)
         if kind == FP32:
             local = safe_get_local_fp32_param(parameter)
@@ -52,8 +52,11 @@ class PartitionedModel(ShardedModel):
             local = safe_get_local_optimizer_state(parameter, kind)
         else:
             local = torch.zeros(stop - start)
+        return local[: stop - start].detach()
+
+    def read(self, parameter: Any, kind: str) -> torch.Tensor:
         # On a GPU it is a copy there, of what was offloaded for want of room; from a disk, a buffer that is used again.
-        return local[: stop - start].to("cpu", copy=self.engine.optimizer.swap_optimizer)
+        return self.local(parameter, kind).to("cpu", copy=self.engine.optimizer.swap_optimizer)
 
     def write(self, parameter: Any, kind: str, values: torch.Tensor) -> None:
         working: torch.Tensor = parameter.ds_tensor
@@ -78,6 +81,13 @@ class PartitionedModel(ShardedModel):
 
     def optimized_tensors(self) -> list[torch.Tensor]:
         return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+
+    def members(self) -> list[list[Any]]:
+        optimizer = self.engine.optimizer
+        found: list[list[Any]] = [[] for _ in optimizer.param_groups]
+        for number, parameters in enumerate(optimizer.fp16_groups):  # as many as its buffers need
+            found[optimizer.sub_group_to_group_id[number]] += parameters
+        return found
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -40,12 +40,15 @@ class ReplicatedModel(ShardedModel):
     def partition(self, parameter: Any) -> tuple[int, int]:
         return share(torch.Size(self.slices[parameter]).numel(), self.topology.dp_rank, self.topology.dp)
 
-    def read(self, parameter: Any, kind: str) -> torch.Tensor:
+    def local(self, parameter: Any, kind: str) -> torch.Tensor:
         start, stop = self.partition(parameter)
         if kind != FP32 and not self.engine.optimizer.optimizer.state:
             return torch.zeros(stop - start)
+        return self.whole(parameter, kind).reshape(-1)[start:stop]
+
+    def read(self, parameter: Any, kind: str) -> torch.Tensor:
         # A view would keep the whole slice in memory, and a GPU has no room for a copy of the optimizer's state.
-        return self.whole(parameter, kind).reshape(-1)[start:stop].to("cpu", copy=True)
+        return self.local(parameter, kind).to("cpu", copy=True)
 
     def write(self, parameter: Any, kind: str, values: torch.Tensor) -> None:
         whole = self._gathered(parameter, values)
@@ -106,6 +109,11 @@ class SharedStateModel(ReplicatedModel):
     def optimized_tensors(self) -> list[torch.Tensor]:
         return [tensor for group in self.engine.optimizer.param_groups for tensor in group["params"]]
 
+    def members(self) -> list[list[Any]]:
+        optimizer = self.engine.optimizer  # BF16_Optimizer, of stage 1 in bf16, has another name for them
+        found: list[list[Any]] = getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups
+        return found
+
     def drop_gradients(self) -> None:
         if self.offloaded:  # in bf16 the engine would add the next update's to them
             for group in self.engine.optimizer.averaged_gradients:
@@ -148,3 +156,7 @@ class WholeStateModel(ReplicatedModel):
 
     def optimized_tensors(self) -> list[torch.Tensor]:
         return list(self.masters.values())
+
+    def members(self) -> list[list[Any]]:
+        parameters = {master: parameter for parameter, master in self.masters.items()}
+        return [[parameters[master] for master in group["params"]] for group in self.engine.optimizer.param_groups]

@@ -26,6 +26,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (FP32, *MOMENTS)
 """What a partition holds of each parameter: the fp32 weight and AdamW's two moments."""
 
+HYPERPARAMETERS = ("weight_decay", "betas", "eps")
+"""What a group of the optimizer has of its own; the rate is the schedule's."""
+
 Rows = Callable[[str, str, int, int], torch.Tensor]
 """(kind, name, start, stop) -> those rows, along dimension 0, of the full tensor: where state comes from."""
 
@@ -67,11 +70,15 @@ class ShardedModel(ABC):
         """Start and stop of this rank's partition in the flat slice; empty past its end."""
 
     @abstractmethod
-    def read(self, parameter: Any, kind: str) -> torch.Tensor:
-        """This rank's partition, flat fp32 on the CPU; moments are zero before the first update.
+    def local(self, parameter: Any, kind: str) -> torch.Tensor:
+        """This rank's partition, flat fp32, wherever the engine has it; moments are zero before the first update.
 
-        Collective below stage 3.
+        In memory that the engine uses again, at the latest in the next update. Collective below stage 3.
         """
+
+    @abstractmethod
+    def read(self, parameter: Any, kind: str) -> torch.Tensor:
+        """The same on the CPU, and there until the next update. Collective below stage 3."""
 
     @abstractmethod
     def write(self, parameter: Any, kind: str, values: torch.Tensor) -> None:
@@ -94,6 +101,22 @@ class ShardedModel(ABC):
     @abstractmethod
     def optimized_tensors(self) -> list[torch.Tensor]:
         """The fp32 tensors that AdamW updates on this rank, keys of its state."""
+
+    @abstractmethod
+    def members(self) -> list[list[Any]]:
+        """The parameters in each of the optimizer's groups, as the engine has them."""
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """Name of each of the optimizer's groups -> HYPERPARAMETERS, as the engine has them now."""
+        return {
+            group["name"]: {key: list(group[key]) if key == "betas" else group[key] for key in HYPERPARAMETERS}
+            for group in self.engine.optimizer.param_groups
+        }
+
+    def group_names(self) -> dict[str, str]:
+        """Parameter -> name of its group; frozen ones are in none."""
+        groups = {p: name for name, members in zip(self.groups(), self.members(), strict=True) for p in members}
+        return {name: groups[p] for name, p in self.named_parameters() if p in groups}
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """Every parameter once, in one order on all ranks."""

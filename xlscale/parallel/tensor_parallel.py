@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch import nn
 
-from xlscale.models.dropout import DropoutKey, KeyedDropout, seed_attention
+from xlscale.models.dropout import DropoutKey, KeyedDropout, seeded_attention
 from xlscale.models.parts import Parts
 from xlscale.parallel.sequence_parallel import (
     Gathered,
@@ -194,7 +194,7 @@ def parallel_parts(
     """
     parts = Parts(
         dropout=partial(KeyedDropout, key=dropout_key),
-        seed_attention=partial(seed_attention, key=dropout_key, tp_rank=topology.tp_rank),
+        seeded_attention=partial(seeded_attention, key=dropout_key, tp_rank=topology.tp_rank),
         recomputed=lambda index: activation_checkpointing > 0 and index % activation_checkpointing == 0,
     )
     if topology.tp == 1:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -24,9 +23,8 @@ from xlscale.training.console import Console
 from xlscale.training.data_faults import DataFaults
 from xlscale.training.exports import Exports
 from xlscale.training.faulty_update import report_skip
-from xlscale.training.metrics import MetricsLog, log_line
+from xlscale.training.metrics import log_line, stop
 from xlscale.training.optimizer import adamw
-from xlscale.training.probe import probe
 from xlscale.training.saving import Saving
 from xlscale.training.signals import Signals, leave
 from xlscale.training.start import (
@@ -38,7 +36,7 @@ from xlscale.training.start import (
     threads_per_process,
     wanted_shares,
 )
-from xlscale.training.update import my_slots, run_update
+from xlscale.training.update import News, my_slots, run_update
 from xlscale.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -100,18 +98,25 @@ def _train(config: Config, topology: Topology, console: Console, signals: Signal
     metrics = start_metrics(config, sharded, stream, checkpoint, step, accepted)
     checkpoints = Saving(sharded, config, metrics)
     exports = Exports(config, metrics)
+    watchdog.beat("export", step)
+    exports.make_up(sharded, step)
+    watchdog.rest()
 
     last = min(training.stop_after or training.total_steps, training.total_steps)
     wanted = wanted_shares(stream, step)
     loader = Loader(stream, my_slots(config, topology), config.data.workers, config.data.prefetch)
-    with loader, signals.at_boundaries(), console.progress(step, training.total_steps) as advance:
+
+    def news() -> News:
+        return News(signals.asked(), checkpoints.saver.writing, checkpoints.saver.failed)
+
+    with loader, checkpoints, signals.at_boundaries(), console.progress(step, training.total_steps) as advance:
         while step < last:
             watchdog.beat("update", step + 1)
             if (now := wanted_shares(stream, step)) != wanted:
                 wanted = now
                 metrics.event("phase", step, language_probabilities=wanted)
-            update = run_update(sharded, loader, config, faults, data_faults, step, signals.asked)
-            record, step = update.record, step + 1
+            update = run_update(sharded, loader, config, faults, data_faults, step, news)
+            record, step = update.record | {"save_seconds": checkpoints.held_seconds()}, step + 1
             metrics.update(record)
             checkpoints.note(record, update.fault)
             if update.fault:
@@ -122,53 +127,50 @@ def _train(config: Config, topology: Topology, console: Console, signals: Signal
             advance(record)
             give_up = (update.fault and faults.give_up(step)) or (update.replaced and data_faults.give_up())
             saving = step == last or give_up or _due(step, config.checkpoint.every) or _due(step, config.export.every)
-            leaving = signals.leaving(topology) if update.asked else None
+            watchdog.beat("checkpoint", step)
+            checkpoints.meet(update.news, step)
+            leaving = signals.leaving(topology, checkpoints.expected_seconds()) if update.news.asked else None
             if leaving:
                 saving = leaving.saves
-            watchdog.beat("checkpoint", step)
             unsaved = ""
             if saving or _due(step, config.parallel.drift_check_every):
-                _stop_if_drifted(sharded, config, metrics, step)
+                _stop_if_drifted(sharded, config, checkpoints, step)
             if saving:
                 states = {
                     "stream": {**stream.state_dict(record["slot"]), "changes": changes},
                     "faults": faults.state_dict(),
                     "data_faults": data_faults.state_dict(),
-                    "probe": probe(sharded, config),
                 }
                 unsaved = checkpoints.save(step, record["slot"], states)
-                signals.save_seconds = checkpoints.seconds
-                give_up = give_up or (unsaved if step == last else "")
-            if give_up:
-                _stop(metrics, step, give_up)
+            if step == last or give_up or leaving or _due(step, config.export.every):
+                unsaved = checkpoints.settle(step) or unsaved
+            if give_up := give_up or (unsaved if step == last else ""):
+                stop(metrics, step, give_up)
             if leaving:
                 leave(replace(leaving, late=leaving.late or unsaved), metrics, step)
             watchdog.beat("export", step)
             if _due(step, config.export.every) and not unsaved:
                 exports.export(sharded, step)
+    watchdog.beat("checkpoint", step)
+    checkpoints.finish(step)
     watchdog.beat("export", step)
-    exports.last(sharded, step)
+    failed = exports.last(sharded, step)
     watchdog.rest()  # an upload may take hours
     exports.finish(step)
+    if failed:
+        stop(metrics, step, f"{failed}; mend that and start the run again, which only exports then")
     metrics.event("stop", step)
     metrics.close()
     sharded.engine.destroy()
 
 
-def _stop_if_drifted(sharded: ShardedModel, config: Config, metrics: MetricsLog, step: int) -> None:
+def _stop_if_drifted(sharded: ShardedModel, config: Config, checkpoints: Saving, step: int) -> None:
     """End the run when parameters that all tensor-parallel ranks hold alike differ; such weights are never saved."""
     if names := drifted(sharded):
         rule = "must be alike on all tensor-parallel ranks and is not any more"
         way = f"start it again, it goes on from the newest of {config.run_dir / 'checkpoints'}, and report it"
-        _stop(metrics, step, f"{', '.join(names)} {rule}; {way}")
-
-
-def _stop(metrics: MetricsLog, step: int, problem: str) -> NoReturn:
-    """End the run after update `step`, on all ranks alike."""
-    line = f"stopped after update {step}: {problem}"
-    metrics.event("stop", step, reason=problem)
-    metrics.close()
-    raise ConfigError([line])
+        checkpoints.settle(step)
+        stop(checkpoints.metrics, step, f"{', '.join(names)} {rule}; {way}")
 
 
 def _due(step: int, every: int) -> bool:

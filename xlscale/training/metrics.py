@@ -14,8 +14,9 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+from xlscale.config import ConfigError
 from xlscale.config_sections import Config
 from xlscale.data.shards import disk_is_full, write_atomically
 
@@ -68,9 +69,13 @@ class MetricsLog:
         if not self.is_main:
             return
         self._events.append({"time": time.time(), "step": step, "event": event, **details})
-        # A checkpoint must not outlive the records before it, also when the power fails.
-        for lines in (self._metrics, self._events):
-            lines.sync()
+        self.sync()
+
+    def sync(self) -> None:
+        """Have all on the disk."""
+        if self.is_main:
+            for lines in (self._metrics, self._events):
+                lines.sync()
 
     def close(self) -> None:
         """Ends wandb's run, within a bounded time, and closes the files."""
@@ -78,6 +83,13 @@ class MetricsLog:
             self._wandb.finish()
             self._metrics.close()
             self._events.close()
+
+
+def stop(metrics: MetricsLog, step: int, problem: str) -> NoReturn:
+    """End the run after update `step`, on all ranks alike."""
+    metrics.event("stop", step, reason=problem)
+    metrics.close()
+    raise ConfigError([f"stopped after update {step}: {problem}"])
 
 
 def append_event(run_dir: Path, event: str, step: int, **details: Any) -> None:

@@ -39,7 +39,7 @@ SAME_SECONDS = 1.0
 LAST_MOMENT = 0.9
 """Fraction of the grace in which an update must end, or the run does without."""
 SAVE_MARGIN = 1.25
-"""A checkpoint is expected to take so many times what the last one took."""
+"""A checkpoint is granted so many times what it is expected to take."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,6 @@ class Signals:
         self._grace = grace_seconds
         self._first: tuple[int, float] | None = None
         self._state = IDLE
-        self.save_seconds = 0.0
-        """What the last checkpoint of this process took; 0 before the first."""
 
     def __enter__(self) -> "Signals":
         everybody: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
@@ -147,15 +145,18 @@ class Signals:
         """Whether this rank has had a signal."""
         return self._first is not None
 
-    def leaving(self, topology: Topology) -> Leaving:
-        """How the run ends, once all ranks know that one of them was asked; they all call it."""
+    def leaving(self, topology: Topology, save_seconds: float) -> Leaving:
+        """How the run ends, once all ranks know that one of them was asked; they all call it.
+
+        `save_seconds`: what a checkpoint is expected to take that is begun now; 0 when nothing tells.
+        """
         self._state = LEAVING
         now = time.monotonic()
         number, came = self._first or (0, now)
-        mine = torch.tensor([number, now - came, self.save_seconds], dtype=torch.float64, device=topology.device)
+        mine = torch.tensor([number, now - came, save_seconds], dtype=torch.float64, device=topology.device)
         dist.all_reduce(mine, dist.ReduceOp.MAX)
-        number, waited, last_save = mine.tolist()
-        needed, late = SAVE_MARGIN * last_save, ""
+        number, waited, save_seconds = mine.tolist()
+        needed, late = SAVE_MARGIN * save_seconds, ""
         if self._grace and waited + needed > self._grace:
             late = (
                 f"no checkpoint is written: {waited:.1f} s have passed and it would take {needed:.1f} s, as the last "

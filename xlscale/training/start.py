@@ -18,6 +18,7 @@ from xlscale.parallel.topology import Topology, raise_together
 from xlscale.training.console import Console
 from xlscale.training.data_faults import tell_left_out
 from xlscale.training.faults import Faults
+from xlscale.training.groups import group_problem
 from xlscale.training.metrics import MetricsLog
 from xlscale.training.probe import probe_problems
 
@@ -106,6 +107,8 @@ def load_weights(sharded: ShardedModel, checkpoint: Checkpoint | None, config: C
             f"{checkpoint.folder} is of another model: {name} is {saved.get(name)} there and {shapes.get(name)} by "
             f"[model]; restore [model], or set another run.name ({len(wrong)} parameters differ)"
         )
+    if problem := group_problem(checkpoint, sharded, config):
+        raise ValueError(problem)
     sharded.load(checkpoint.rows, checkpoint.manifest["optimizer_steps"])
     if config.checkpoint.probe:
         changed = changes_since(checkpoint, config)

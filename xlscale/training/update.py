@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +23,30 @@ from xlscale.parallel.sharded import ShardedModel
 from xlscale.parallel.topology import Topology
 from xlscale.training.data_faults import DataFaults, Replacements, agree, by_shard, gather
 from xlscale.training.faults import Faults
+from xlscale.training.generators import seed_generators
 from xlscale.training.inputs import model_inputs
 from xlscale.training.schedule import lr_at
 
-COLUMNS = LOSS, MASKED, CORRECT, TOKENS, SAMPLES, REPLACED, ASKED = range(7)
+COLUMNS = LOSS, MASKED, CORRECT, TOKENS, SAMPLES, REPLACED, ASKED, WRITING, FAILED = range(9)
 """Columns of the sums that are kept per language; tokens without padding, samples with those that were replaced.
 
-The last two ride along in the first row, of no language: samples that were replaced, and ranks asked to end the run.
+The last ones ride along in the first row, of no language: samples that were replaced, and the ranks of each of News.
 """
 
-Asked = Callable[[], bool]
-"""Whether this rank has been asked to end the run."""
+
+class News(NamedTuple):
+    """What a rank tells all others with an update's sums, and then: whether any rank has told it."""
+
+    asked: bool = False
+    """It has been asked to end the run."""
+    writing: bool = False
+    """It still writes its part of a checkpoint."""
+    failed: bool = False
+    """What it did behind the training has failed."""
+
+
+NEWS = [ASKED, WRITING, FAILED]
+"""Its columns."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,8 @@ class Update:
     """This rank's micro-batches."""
     replaced: Replacements
     """Samples of all ranks that stand for others, whose shard cannot be used."""
-    asked: bool
-    """Whether any rank had been asked to end the run; the same on all ranks."""
+    news: News
+    """What any rank had to tell; the same on all ranks."""
 
 
 def run_update(
@@ -71,7 +84,7 @@ def run_update(
     faults: Faults,
     data_faults: DataFaults,
     step: int,
-    asked: Asked = lambda: False,
+    news: Callable[[], News] = News,
 ) -> Update:
     """Do update `step` (0-based) on this rank's slots; `faults` says whether it may be applied.
 
@@ -90,7 +103,7 @@ def run_update(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     skipped_before = sharded.skipped_updates
-    passed = forward_and_backward(sharded, batches, len(languages), training.seed, faults.limit, asked)
+    passed = forward_and_backward(sharded, batches, len(languages), training.seed, faults.limit, news)
     engine.step()
 
     per_language = passed.sums_LC.cpu().numpy()
@@ -130,7 +143,7 @@ def run_update(
     }
     if replaced:
         record["replaced"] = by_shard(replaced)
-    return Update(record, fault, batches, replaced, bool(total[ASKED]))
+    return Update(record, fault, batches, replaced, News(*map(bool, total[NEWS])))
 
 
 def my_slots(config: Config, topology: Topology) -> RankSlots:
@@ -150,13 +163,13 @@ def forward_and_backward(
     languages: int,
     seed: int,
     limit: float | None,
-    asked: Asked = lambda: False,
+    news: Callable[[], News] = News,
 ) -> Passed:
     """Forward and backward over this rank's micro-batches of one update; engine.step() would end it.
 
     A loss that is not finite, or is above `limit`, makes the gradient NaN on all ranks, and the engine then skips.
     That is decided on the device, between the last forward and its backward. limit None: the gradient is left as it is.
-    `asked` is called as late as its answer can still go with the update's sums.
+    `news` is called as late as its answer can still go with the update's sums.
     """
     topology, engine = sharded.topology, sharded.engine
     sums_LC = torch.zeros(languages, len(COLUMNS), dtype=torch.float64)
@@ -174,6 +187,7 @@ def forward_and_backward(
         if number:
             engine.step()  # inside an update it only counts the micro-step
         sharded.dropout_key.set(seed, int(batch.slots[0]))
+        seed_generators(seed, int(batch.slots[0]))
         output = engine(**model_inputs(batch, topology.device, engine.module.config.pad_token_id, multiple))
         losses_M = output.losses_M.detach()
         language_M = torch.from_numpy(batch.languages).to(topology.device, non_blocking=True)[output.rows_M]
@@ -182,8 +196,9 @@ def forward_and_backward(
         micro_losses.append(losses_M.sum() / max(len(losses_M), 1))
         verdict: Any = None
         if number == len(batches) - 1:
-            if asked():
-                sums_LC[0, ASKED] = 1.0
+            for column, told in zip(NEWS, news(), strict=True):
+                if told:
+                    sums_LC[0, column] = 1.0
             # Over the world and not dp: tensor-parallel ranks must not come to two verdicts for a last bit.
             dist.all_reduce(sums_LC)
             sums_LC /= topology.tp
