@@ -4,6 +4,7 @@ The training is killed by the demo itself, and goes on at another shape. Interru
 begun again after it has finished, it keeps the data and trains anew.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -122,7 +123,7 @@ def train_and_kill(*arguments: str | Path) -> None:
             print("   the run ended before it could be killed")
             return
         # What launch/local.sh has started is a process group: the launcher and the training processes.
-        group = int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout)
+        group = child_of(process.pid)
         os.killpg(group, signal.SIGKILL)
         process.wait()
     except KeyboardInterrupt:
@@ -134,6 +135,15 @@ def train_and_kill(*arguments: str | Path) -> None:
     written = KILLED.with_suffix(".partial")
     written.write_text(json.dumps({"checkpoint": checkpoint, "losses": done}))
     written.replace(KILLED)
+
+
+def child_of(parent: int) -> int:
+    """Process id of the child of a process that has one."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                return int(stat.parent.name)
+    raise AssertionError(f"process {parent} has no child")
 
 
 def start_over_if_finished() -> None:

@@ -29,7 +29,7 @@ fi
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.cache/torch_extensions}
 
 # A port of its own, so that two runs on one machine do not meet.
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$(python -c 'from xlscale.ports import free_port; print(free_port())')
 
 # In a process group of its own, ended as a whole: the launcher's own children would outlive it and train on.
 set -m

@@ -35,7 +35,7 @@ def refused(*arguments: str, **env: str) -> list[str]:
 
 def test_help_says_what_each_command_does() -> None:
     text = xlscale("--help").stdout
-    for name in ("train", "replay", "export", "reshard", "import", "report", "deepspeed"):
+    for name in ("train", "replay", "export", "reshard", "import", "extend", "report", "deepspeed"):
         (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
         assert len(line.split()) > 3
         assert xlscale(name, "--help").returncode == 0

@@ -181,9 +181,16 @@ def test_an_adapter_that_does_not_split_over_the_ranks_is_refused(small: Path) -
     assert "makes adapters 10 wide" in line and "use one of [2, 4, 8, 1]" in line
 
 
-def test_training_refuses_adapters_as_long_as_the_language_does_not_reach_them(small: Path) -> None:
-    (line,) = check_topology(load_config(small, XMOD), 1)
-    assert "cannot be trained yet" in line
+def test_training_adapters_needs_languages_that_all_ranks_share_and_gradients_that_can_be_cleared(small: Path) -> None:
+    routed = [*XMOD, "data.languages_per_micro_step=1", "data.language_run=8"]
+    sizes = ["training.global_batch_size=16", "training.micro_batch_size=8"]
+    assert check_topology(load_config(small, [*routed, *sizes]), 1) == []
+    (line,) = check_topology(load_config(small, [*XMOD, *sizes]), 1)
+    assert "data.languages_per_micro_step = 0" in line and "set it to 1" in line
+    (line,) = check_topology(load_config(small, [*routed, *sizes, "parallel.offload_optimizer=cpu"]), 1)
+    assert "use none" in line
+    (line,) = check_topology(load_config(small, [*routed, *sizes]), 2)
+    assert line.endswith("the nearest micro_batch_size is 4")
 
 
 def test_optional_fields_and_tables_go_through_toml(small: Path) -> None:
@@ -319,4 +326,4 @@ def test_a_published_config_is_complete_and_sound(path: Path) -> None:
 
 
 def test_there_are_configs_for_the_demo_and_the_published_sizes() -> None:
-    assert {path.stem for path in CONFIGS} >= {"demo", "xlmr_base", "xlmr_xl", "xlmr_xxl"}
+    assert {path.stem for path in CONFIGS} >= {"demo", "xlmr_base", "xlmr_xl", "xlmr_xxl", "xmod_base"}

@@ -6,7 +6,10 @@ import pytest
 
 from tests.benchmarks.export import DIGESTS, DP, TP, XXL, check, make
 from xlscale.checkpoint import consolidate
-from xlscale.checkpoint.consolidate import Consolidation, export_checkpoint
+from xlscale.checkpoint.adapter_file import open_adapters
+from xlscale.checkpoint.consolidate import TOKENS_SEEN, Consolidation, export_checkpoint
+from xlscale.checkpoint.pretrained import load_pretrained
+from xlscale.checkpoint.states import encode_state
 from xlscale.checkpoint.store import Checkpoint
 from xlscale.config import load_config
 
@@ -43,3 +46,29 @@ def test_pieces_are_small_and_files_are_mapped_anew(tmp_path: Path, monkeypatch:
             opened.append(weights._checkpoint)
         rows += len(piece)
     assert rows == 643 and len(opened) == 4
+
+
+XMOD = [
+    *SMALL[:-1],
+    'model.model_type="xmod"',
+    'model.languages=["en_XX", "sw_KE", "zu_ZA"]',
+    "model.pre_norm=true",
+    "model.vocab_size=640",
+]
+
+
+@pytest.mark.parametrize("start", ["", "some/folder"])
+def test_an_export_with_adapter_files_says_what_each_language_has_seen(start: str, tmp_path: Path) -> None:
+    """Of a run that started from a folder, nothing of the languages that it has not trained on."""
+    config = load_config(XXL, [*XMOD, f'training.init_from="{start}"'])
+    (tmp_path / "checkpoint").mkdir()
+    name, content = encode_state(TOKENS_SEEN, {"en_XX": 7_000_000_000, "sw_KE": 5})
+    (tmp_path / "checkpoint" / name).write_bytes(content)
+    make(tmp_path / "checkpoint", config, 2, 2, "fp32")
+    hub = export_checkpoint(tmp_path / "checkpoint", tmp_path / "hub", adapters=True)
+    assert check(hub, config, tmp_path / DIGESTS) > 20
+    found = {code: adapters.tokens_seen for code, adapters in open_adapters(hub).languages.items()}
+    assert found == {"en_XX": 7_000_000_000, "sw_KE": 5, "zu_ZA": None if start else 0}
+    served = load_pretrained(hub, languages=["en_XX"])
+    served.add_adapter(hub / "adapters/zu_ZA.safetensors", "zu_ZA")
+    assert served.config.languages == ["en_XX", "zu_ZA"]

@@ -244,6 +244,21 @@ def test_slices_of_all_ranks_and_micro_steps_are_the_global_batch(dp: int, accum
     assert np.concatenate(slices).tolist() == list(range(7 * 48, 8 * 48))
 
 
+@pytest.mark.parametrize(
+    ("dp", "micro_batch_size", "run"), [(1, 12, 6), (2, 6, 2), (2, 6, 4), (3, 4, 6), (4, 6, 24), (2, 3, 24)]
+)
+def test_every_rank_has_an_equal_part_of_every_run_of_a_micro_step(dp: int, micro_batch_size: int, run: int) -> None:
+    whole = dp * micro_batch_size
+    slices = [
+        [micro_batch_slots(7, i, rank, dp, micro_batch_size, 48, run) for rank in range(dp)] for i in range(48 // whole)
+    ]
+    for i, ranks in enumerate(slices):
+        assert sorted(np.concatenate(ranks).tolist()) == list(range(7 * 48 + i * whole, 7 * 48 + (i + 1) * whole))
+        runs = [np.unique(slots // run, return_counts=True) for slots in ranks]
+        for numbers, counts in runs:
+            assert (numbers.tolist(), counts.tolist()) == (runs[0][0].tolist(), runs[0][1].tolist())
+
+
 def test_random_numbers_of_neighbouring_slots_do_not_overlap() -> None:
     # Philox counts up by one for every four numbers: as its counter a slot would share them with the next
     draws = np.concatenate([keyed_generator(1, 1, slot).random(2000) for slot in range(50)])

@@ -13,6 +13,7 @@ import typer
 from xlscale import __version__
 from xlscale.cli_data import data
 from xlscale.cli_deepspeed import deepspeed
+from xlscale.cli_extend import extend
 from xlscale.config import ConfigError, load_config
 
 # What is imported inside a command takes seconds (torch); --help and a misspelt key must not wait for it.
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(data)
 app.add_typer(deepspeed)
+app.command()(extend)
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
@@ -92,6 +94,9 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder, as runs/demo/checkpoints/step-00000300.")],
     out: Annotated[Path, typer.Option(help="Folder to write: safetensors, config.json and the tokenizer.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Number format of the weights.")] = "fp32",
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Of xmod: each language's adapters in a file of their own too.")
+    ] = False,
     push_to: Annotated[
         str, typer.Option(metavar="ORG/NAME", help="Upload it too; the token is the environment's HF_TOKEN.")
     ] = "",
@@ -101,7 +106,7 @@ def export(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from xlscale.checkpoint.consolidate import export_checkpoint
 
-    export_checkpoint(checkpoint, out, dtype)
+    export_checkpoint(checkpoint, out, dtype, adapters)
     print(out)
     if push_to:
         from xlscale.checkpoint.push import upload

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from xlscale.config_deepspeed import deepspeed_problems, leaves, nested
 from xlscale.config_rules import broken_rules, tensor_parallel_problem
+from xlscale.config_rules_data import adapter_problems, routing_problem
 from xlscale.config_sections import Config
 from xlscale.config_values import TYPE_NAMES, divisors, exact, fits, multiples, nearest, toml_value
 
@@ -38,11 +39,8 @@ def check_topology(config: Config, world_size: int) -> list[str]:
     problems = []
     tp = config.parallel.tensor_parallel
     model = config.model
-    if model.languages:  # all samples would go through the default language's adapter, in silence
-        problems.append(
-            f'model.model_type = "{model.model_type}" cannot be trained yet: the stream does not tell the model the '
-            "language of a sample; train another family"
-        )
+    if model.languages:
+        problems += adapter_problems(config.data.languages_per_micro_step, config.parallel.offload_optimizer)
     sizes = (model.num_attention_heads, model.intermediate_size)
     if problem := tensor_parallel_problem(tp, *sizes):
         problems.append(problem)
@@ -63,6 +61,8 @@ def check_topology(config: Config, world_size: int) -> list[str]:
             f"training.global_batch_size = {whole} must be a multiple of {dp} data-parallel ranks x "
             f"micro_batch_size = {micro}, that is {dp * micro}; {way}"
         )
+    elif problem := routing_problem(dp, micro, whole, config.data.language_run, config.data.languages_per_micro_step):
+        problems.append(problem)
     return problems
 
 

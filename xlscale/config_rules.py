@@ -57,6 +57,7 @@ AT_LEAST: dict[str, int] = {
     "model.num_labels": 1,
     "data.sequence_length": 8,
     "data.language_run": 1,
+    "data.languages_per_micro_step": 0,
     "data.lanes": 0,
     "data.max_document_characters": 1,
     "data.workers": 0,

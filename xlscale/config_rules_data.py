@@ -98,6 +98,50 @@ def _lanes(lanes: int, run: int, batch: int) -> str | None:
     return None
 
 
+def adapter_problems(languages_per_micro_step: int, offload: str) -> list[str]:
+    """What forbids to train a model with adapters."""
+    problems = []
+    if not languages_per_micro_step:
+        problems.append(
+            'data.languages_per_micro_step = 0 is not for training model_type = "xmod": all ranks must run the same '
+            "adapters; set it to 1 or more, and data.language_run to the samples of a micro-step of all ranks divided "
+            "by it"
+        )
+    if offload != "none":
+        problems.append(
+            f'parallel.offload_optimizer = "{offload}" is not for model_type = "xmod": the engine keeps gradients of '
+            "adapters that an update does not train where they cannot be cleared; use none"
+        )
+    return problems
+
+
+def routing_problem(dp: int, micro: int, batch: int, run: int, languages: int) -> str | None:
+    """What forbids that each of `dp` ranks has, in every micro-step, an equal part of the same runs of one language.
+
+    micro: samples of a rank's micro-batch. languages: data.languages_per_micro_step.
+    """
+
+    def allowed(ranks: int, rows: int) -> bool:
+        whole = ranks * rows
+        if batch % whole:
+            return False
+        return run % whole == 0 or (whole % run == 0 and run % ranks == 0 and whole // run <= languages)
+
+    if not languages or allowed(dp, micro):
+        return None
+    shown = (
+        f"data.language_run = {run} with data.languages_per_micro_step = {languages} does not allow {dp} data-parallel "
+        f"ranks x training.micro_batch_size = {micro}: every rank needs an equal part of {languages} runs at most"
+    )
+    sizes = sorted((rows for rows in range(1, batch // dp + 1) if allowed(dp, rows)), key=lambda n: (abs(n - micro), n))
+    if sizes:
+        return f"{shown}; the nearest micro_batch_size is {sizes[0]}"
+    ranks = sorted((n for n in range(1, batch + 1) if allowed(n, micro)), key=lambda n: (abs(n - dp), n))
+    if ranks:
+        return f"{shown}; the nearest number of data-parallel ranks is {ranks[0]}"
+    return f"{shown}; use data.language_run = {dp * micro}, one run for each micro-step (a new run: it is frozen)"
+
+
 def _allowed(names: list[str]) -> str | None:
     known = [name for name in CHANGES if name not in NEVER_CHANGES]
     wrong = [name for name in names if name not in known]

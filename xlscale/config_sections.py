@@ -148,6 +148,9 @@ class DataConfig:
     a key that is left out stays as it was, languages = [] are all; a language not named is not drawn."""
     language_run: int = 1
     """So many samples in a row have one language, for adapters that are routed by language."""
+    languages_per_micro_step: int = 0
+    """A micro-step has at most so many languages, the same on all ranks, each of which has an equal part of every run
+    of samples; 0 = as they come, which a model with adapters cannot have."""
     lanes: int = 0
     """Parts of the global batch that each read chunks of their own, so that a rank tokenises few; frozen in the
     checkpoint; 0 = the largest divisor of the batch's runs that also divides 64."""
@@ -240,6 +243,8 @@ class ExportConfig:
     """Updates between two exports into <run>/hub/step-XXXXXXXX; 0 = only at the end."""
     dtype: str = "fp32"
     """Number format of the exported weights, "fp32" or "bf16"."""
+    adapters: bool = True
+    """Each language's adapters also stand in a file of their own, xmod only."""
     shard_gb: float = 5.0
     """GB of tensors in a file; more files let more processes write at once."""
     push_to: str = ""

@@ -110,6 +110,10 @@ class SentencePieceTokenizer(HubTokenizer):
             ids = [piece.id for cut in draw.choices(cuts, weights) for piece in cut.pieces] if cuts else []
         return _hub_ids(np.array(ids, np.int32))
 
+    def normalised(self, texts: Iterable[str]) -> list[str]:
+        """Texts as the model sees them, "▁" for a space."""
+        return [self._processor.normalize(text.replace(_NEXT_LINE, " ")) for text in texts]
+
     def _scores(self) -> dict[str, tuple[int, float]]:
         """Piece -> (the model's id, log probability); under "" what stands for one unknown character."""
         if not self._pieces_scored:
@@ -143,8 +147,8 @@ class SentencePieceTokenizer(HubTokenizer):
     def _vocabulary_files(self) -> dict[str, bytes]:
         return {MODEL_FILE: self.model}
 
-    def _pipeline(self) -> dict[str, Any]:
-        """tokenizer.json as the Hub has XLM-R's."""
+    def parsed(self) -> Any:
+        """The model as sentencepiece's ModelProto; ValueError unless it is Unigram without byte fallback."""
         # Imported here: it needs protobuf, encoding does not.
         from sentencepiece import sentencepiece_model_pb2
 
@@ -153,6 +157,11 @@ class SentencePieceTokenizer(HubTokenizer):
             raise ValueError(
                 "the SentencePiece model must be Unigram without byte fallback, as the Hub's XLM-R files are"
             )
+        return proto
+
+    def _pipeline(self) -> dict[str, Any]:
+        """tokenizer.json as the Hub has XLM-R's."""
+        proto = self.parsed()
         charsmap = proto.normalizer_spec.precompiled_charsmap
         metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
         single = [_special("<s>"), _sequence("A"), _special("</s>")]
@@ -232,11 +241,13 @@ def train_sentencepiece(
     folder: str | Path,
     character_coverage: float = 0.9995,
     log: Callable[[str], None] = lambda message: None,
+    exact: bool = True,
 ) -> SentencePieceTokenizer:
     """Train a Unigram tokenizer of `vocab_size` Hub ids, <mask> too, and save it; same lines, same model.
 
     Texts are cut at their line ends and then, at a space where there is one, to what the trainer takes. Takes
-    about 19 bytes of memory per byte of text. ValueError tells the sizes that are possible for the text.
+    about 19 bytes of memory per byte of text. ValueError tells the sizes that are possible for the text; with
+    exact=False a text that yields fewer pieces gives as many as it has.
     """
     smallest = FIRST_PIECE + 2
     if vocab_size < smallest:
@@ -252,6 +263,7 @@ def train_sentencepiece(
             character_coverage=character_coverage,
             normalization_rule_name="nmt_nfkc",
             byte_fallback=False,
+            hard_vocab_limit=exact,
             unk_id=0,
             bos_id=1,
             eos_id=2,

@@ -26,10 +26,10 @@ import torch
 from xlscale.checkpoint import store
 from xlscale.checkpoint.consolidate import export_checkpoint
 from xlscale.checkpoint.digests import digest, file_digests
-from xlscale.checkpoint.hub import DTYPES
 from xlscale.checkpoint.hub_config import TOKENIZER_FILES, TOKENIZERS
 from xlscale.checkpoint.hub_names import hf_names, shapes_of
 from xlscale.checkpoint.partition_file import PartitionFile, file_entry, partition_file
+from xlscale.checkpoint.tensor_file import DTYPES
 from xlscale.checkpoint.weights import INDEX, SAFETENSORS
 from xlscale.config import load_config, to_toml
 from xlscale.config_sections import Config
@@ -89,6 +89,7 @@ def make(folder: Path, config: Config, dp: int, tp: int, dtype: str) -> None:
         "step": 1,
         "slot": config.training.global_batch_size,
         "optimizer_steps": 1,
+        "language_steps": {},
         "topology": {"dp": dp, "tp": tp, "zero_stage": 3},
         "versions": store.versions(),
         "parameters": {name: {"shape": list(shape), "split_dim": split_dim(name)} for name, shape in shapes.items()},

@@ -84,8 +84,14 @@ DROPOUT = [
     )
 ]
 CASES = [*EXACT, *BF16, WRONG_NORM, *DROPOUT]
-SLOW = [case for case in EXACT if case.dp * case.tp == 4 and case.stage == 1]
-"""Those of four processes at stage 1 take minutes; test_stages.py has that stage at both shapes."""
+SLOW = [
+    case
+    for case in EXACT
+    if (case.dp * case.tp == 4 and case.stage == 1)
+    or (case.tp > 1 and case.sequence_parallel != bool(case.checkpointing))
+]
+"""Left to the slow tests: four processes at stage 1, which test_stages.py has too, and what is split with one of
+sequence parallelism and recomputation; both and neither stay."""
 
 BATCH = 8
 MODELS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from xlscale.parallel.topology import free_port
+from xlscale.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -188,6 +188,7 @@ def test_a_signal_waits_for_the_write_under_way_and_saves_once_more(
     assert curve(run_dir) == curve(at_once / "stage-3")
 
 
+@pytest.mark.slow
 def test_a_run_without_time_for_a_checkpoint_still_lets_the_one_under_way_count(
     tiny_config: ConfigFor, tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_run_killed_while_its_disk_takes_nothing_goes_on_to_the_bit(
     assert not list(root.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_nothing_any_more_ends_the_job_with_the_stacks(
     tiny_config: ConfigFor, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import math
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -56,7 +56,7 @@ def model_card(
     languages = stream.get("languages") or sorted(losses)
     return "\n".join(
         [
-            *_header(config, languages),
+            *header(config.model.model_type, languages),
             f"# {config.run.name}",
             "",
             _summary(manifest, config, len(languages), dtype),
@@ -105,7 +105,8 @@ def _public(value: Any) -> Any:
     return Path(value).name if value.startswith(("/", "~")) else value
 
 
-def _header(config: Config, languages: list[str]) -> list[str]:
+def header(model_type: str, languages: Sequence[str]) -> list[str]:
+    """What the Hub reads on top of a card."""
     # Quoted, for no alone is false in YAML.
     codes = dict.fromkeys(code.split("_")[0] for code in languages)
     return [
@@ -114,7 +115,7 @@ def _header(config: Config, languages: list[str]) -> list[str]:
         "library_name: transformers",
         "pipeline_tag: fill-mask",
         "tags:",
-        f'- "{config.model.model_type}"',
+        f'- "{model_type}"',
         '- "xlscale"',
         "---",
         "",

@@ -17,6 +17,8 @@ from xlscale.parallel.sharded import FP32, KINDS
 
 log = logging.getLogger(__name__)
 
+TOKENS_SEEN = "tokens_seen"
+"""State of a checkpoint: language -> its tokens in the updates that were applied."""
 PIECE = 1 << 21
 """Elements read at a time: few enough that they are still in a cache when they are written."""
 
@@ -60,18 +62,45 @@ class Consolidation:
 
 
 def checkpoint_writer(
-    checkpoint: Checkpoint, config: Config, out: Path, dtype: str, max_shard_size: int = MAX_SHARD_SIZE
+    checkpoint: Checkpoint,
+    config: Config,
+    out: Path,
+    dtype: str,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    adapters: bool = False,
 ) -> HubWriter:
     """The writer of a checkpoint's Hub folder."""
     shapes = {name: tuple(entry["shape"]) for name, entry in checkpoint.manifest["parameters"].items()}
-    return hub_writer(out, config.model, shapes, checkpoint.folder / "tokenizer", dtype, max_shard_size)
+    return hub_writer(
+        out,
+        config.model,
+        shapes,
+        checkpoint.folder / "tokenizer",
+        dtype,
+        max_shard_size,
+        adapters=adapters,
+        tokens_seen=tokens_seen(checkpoint, config),
+    )
 
 
-def export_checkpoint(path: Path, out: Path, dtype: str = "fp32") -> Path:
-    """Write the Hub folder `out` from a checkpoint of any topology; no tensor is ever whole in memory."""
+def tokens_seen(checkpoint: Checkpoint, config: Config) -> dict[str, int]:
+    """Language -> tokens of it that the run has trained on, for every language of which that is all it has seen.
+
+    A run that started from a folder cannot say it of languages that it has not trained on.
+    """
+    seen: dict[str, int] = checkpoint.state(TOKENS_SEEN)
+    known = config.model.languages if seen and not config.training.init_from else seen
+    return {language: seen.get(language, 0) for language in known}
+
+
+def export_checkpoint(path: Path, out: Path, dtype: str = "fp32", adapters: bool = False) -> Path:
+    """Write the Hub folder `out` from a checkpoint of any topology; no tensor is ever whole in memory.
+
+    adapters: of a model of type xmod, each language's stand in a file of their own too.
+    """
     checkpoint = open_checkpoint(path, (FP32,))
     config = load_config(checkpoint.folder / "config.toml")
-    writer = checkpoint_writer(checkpoint, config, out, dtype)
+    writer = checkpoint_writer(checkpoint, config, out, dtype, adapters=adapters)
     write_alone(writer, Consolidation(checkpoint).pieces, checkpoint_card(checkpoint, config, dtype))
     log.info("exported step %d of %s to %s", checkpoint.step, checkpoint.folder, out)
     return out

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from xlscale.checkpoint.card import checkpoint_card
 from xlscale.checkpoint.consolidate import Consolidation, checkpoint_writer
 from xlscale.checkpoint.digests import file_digests, live_digest
-from xlscale.checkpoint.hub import DTYPES, HubWriter
+from xlscale.checkpoint.hub import HubWriter
 from xlscale.checkpoint.store import Checkpoint
+from xlscale.checkpoint.tensor_file import DTYPES
 from xlscale.config import ConfigError
 from xlscale.config_sections import Config
 from xlscale.parallel.sharded import ShardedModel
@@ -57,7 +58,8 @@ def export_together(folder: Path, out: Path, sharded: ShardedModel, config: Conf
     writer: HubWriter | None = None
     try:
         checkpoint = Checkpoint.open(folder)
-        writer = checkpoint_writer(checkpoint, config, out, config.export.dtype, int(config.export.shard_gb * 1e9))
+        export, adapters = config.export, config.export.adapters and bool(config.model.languages)
+        writer = checkpoint_writer(checkpoint, config, out, export.dtype, int(export.shard_gb * 1e9), adapters)
         if topology.is_main:
             writer.begin()
     except FAILURES as error:

@@ -255,6 +255,8 @@ def _write(
         "step": step,
         "slot": stream["slot"],
         "optimizer_steps": source.optimizer_steps,
+        # The engine's own AdamW has updated every adapter in every update.
+        "language_steps": dict.fromkeys(config.model.languages, source.optimizer_steps),
         "topology": {"dp": dp, "tp": tp, "zero_stage": config.parallel.zero_stage},
         "versions": versions(),
         "parameters": parameters,

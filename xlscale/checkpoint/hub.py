@@ -5,37 +5,26 @@ What transformers 4.56 and 5.x need of a folder is held by tests/conformance.
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from xlscale.checkpoint.adapter_file import ADAPTERS, is_ours, write_adapters
 from xlscale.checkpoint.card import CARD, is_marked, marked
 from xlscale.checkpoint.hub_config import TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZERS, hub_config
 from xlscale.checkpoint.hub_names import Shapes, compare_shapes, hf_names, shapes_of
-from xlscale.checkpoint.weights import CHUNK, INDEX, SAFETENSORS, check_finite, open_safetensors, safetensors_head
+from xlscale.checkpoint.tensor_file import DTYPES, WRITER, Pieces, write_tensors
+from xlscale.checkpoint.weights import INDEX, SAFETENSORS, open_safetensors
 from xlscale.config_sections import ModelConfig
 from xlscale.data.shards import fsync_path
 
-# xlscale's name -> (torch's, safetensors', config.json's)
-DTYPES = {
-    "fp32": (torch.float32, "F32", "float32"),
-    "bf16": (torch.bfloat16, "BF16", "bfloat16"),
-    "fp16": (torch.float16, "F16", "float16"),
-}
-# Metadata of the weights: transformers asks for the first, the second says whose folder it is.
-WRITER = {"format": "pt", "writer": "xlscale"}
 CONFIG = "config.json"
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in a file, as transformers cuts them."""
-
-Pieces = Callable[[str], Iterable[Tensor]]
-"""Our name -> the rows of that parameter, in order, in as many pieces as one likes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,10 @@ class HubWriter:
     files: dict[str, Shapes]
     """File of weights -> our name and shape of each of its tensors, in their order."""
     tokenizer_files: list[Path]
+    adapters: bool = False
+    """Whether the adapters of each language also stand in a file of their own, see adapter_file.py."""
+    tokens_seen: Mapping[str, int] = field(default_factory=dict)
+    """Language -> tokens that its adapters were trained on, for those files, where it is known."""
 
     @property
     def beside(self) -> Path:
@@ -80,7 +73,7 @@ class HubWriter:
 
     def write_file(self, name: str, pieces: Pieces) -> None:
         """Write and flush one of `files`; ValueError for a tensor of another shape, or one that is not finite."""
-        _write_safetensors(self.beside / name, self.files[name], self.names, pieces, self.dtype)
+        write_tensors(self.beside / name, self.files[name], self.names, pieces, self.dtype, WRITER)
 
     def finish(self, card: str = "") -> Path:
         """The small files and the rename, by one process, after all weights are written; card: text of README.md."""
@@ -92,6 +85,8 @@ class HubWriter:
             shutil.copyfile(file, self.beside / file.name)
             fsync_path(self.beside / file.name)
         _limit_length(self.beside / TOKENIZER_CONFIG, self.model)
+        if self.adapters:  # from the files just written, which were of several processes
+            write_adapters(self.beside, self.tokens_seen)
         if card:
             (self.beside / CARD).write_text(marked(card), encoding="utf-8")
             fsync_path(self.beside / CARD)
@@ -116,11 +111,15 @@ def hub_writer(
     dtype: str = "fp32",
     max_shard_size: int = MAX_SHARD_SIZE,
     head: str = "ForMaskedLM",
+    adapters: bool = False,
+    tokens_seen: Mapping[str, int] | None = None,
 ) -> HubWriter:
     """The writer of a folder, arguments as of write_hub_folder; ValueError before anything is written."""
     folder = Path(folder).resolve()
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} cannot be written; use one of {sorted(DTYPES)}")
+    if adapters and not model.languages:
+        raise ValueError(f"a model of type {model.model_type} has no adapters to write; leave adapters out")
     names = hf_names(model, head, pooler="pooler.dense.weight" in shapes)
     wanted = shapes_of(model, head, pooler="pooler.dense.weight" in shapes)
     compare_shapes(shapes, wanted, f"for {folder}")
@@ -128,7 +127,7 @@ def hub_writer(
     if folder.exists() and not _is_ours(folder):
         raise ValueError(f"{folder} holds what xlscale did not write; name another folder, or remove it")
     files = _files(wanted, DTYPES[dtype][0].itemsize, max_shard_size)
-    return HubWriter(folder, model, head, dtype, names, files, tokenizer_files)
+    return HubWriter(folder, model, head, dtype, names, files, tokenizer_files, adapters, dict(tokens_seen or {}))
 
 
 def write_hub_folder(
@@ -140,16 +139,17 @@ def write_hub_folder(
     dtype: str = "fp32",
     max_shard_size: int = MAX_SHARD_SIZE,
     head: str = "ForMaskedLM",
+    adapters: bool = False,
 ) -> Path:
     """Write a folder that transformers loads, asking `read` for one parameter at a time by our name.
 
     shapes: our name -> shape of everything that `read` gives, checked before anything is written.
     tokenizer_folder: its files are copied along. dtype: a key of DTYPES. max_shard_size: bytes of tensors in
-    a file; a tensor above it gets a file of its own. head: a key of HEADS. Memory: the largest tensor. The folder
-    appears whole or not at all, and never replaces what xlscale did not write. ValueError for a tensor that is
-    missing, of another shape or not finite.
+    a file; a tensor above it gets a file of its own. head: a key of HEADS. adapters: also a file for each language's.
+    Memory: the largest tensor. The folder appears whole or not at all, and never replaces what xlscale did not write.
+    ValueError for a tensor that is missing, of another shape or not finite.
     """
-    writer = hub_writer(folder, model, shapes, tokenizer_folder, dtype, max_shard_size, head)
+    writer = hub_writer(folder, model, shapes, tokenizer_folder, dtype, max_shard_size, head, adapters)
     return write_alone(writer, lambda name: (read(name),))
 
 
@@ -180,45 +180,6 @@ def _files(shapes: Shapes, itemsize: int, max_shard_size: int) -> dict[str, Shap
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def _write_safetensors(path: Path, shapes: Shapes, names: dict[str, str], pieces: Pieces, dtype: str) -> None:
-    """One file: the length of the header, the header (offsets follow from shapes), each tensor's bytes."""
-    target, code, _ = DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": WRITER}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + math.prod(shape) * target.itemsize
-        header[names[name]] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    with path.open("wb") as file:
-        file.write(safetensors_head(header))
-        for name, shape in shapes.items():
-            # No name holds the tensor here, so it is freed before the next one is read.
-            _write_tensor(file, name, shape, pieces(name), target)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_tensor(
-    file: BinaryIO, name: str, shape: tuple[int, ...], pieces: Iterable[Tensor], target: torch.dtype
-) -> None:
-    rows = 0
-    for rows_of_it in pieces:
-        rows += len(rows_of_it)
-        if rows > shape[0] or rows_of_it.shape[1:] != shape[1:]:
-            raise _wrong_shape(name, (rows, *rows_of_it.shape[1:]), shape)
-        flat = rows_of_it.detach().reshape(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            piece = flat[start : start + CHUNK].to(device="cpu", dtype=target).contiguous()
-            check_finite(name, piece)
-            file.write(piece.view(torch.uint8).numpy().data)
-    if rows != shape[0]:
-        raise _wrong_shape(name, (rows, *shape[1:]), shape)
-
-
-def _wrong_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ValueError:
-    return ValueError(f"{name} has shape {found}, not {shape}; use the config that it was trained with")
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     fsync_path(path)
@@ -246,6 +207,7 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     entries = {entry for entry in folder.iterdir() if entry.name != CARD or not is_marked(entry)}
+    entries -= {entry for entry in entries if _is_adapters(entry)}
     weights = {entry for entry in entries if entry.suffix == ".safetensors" and entry.is_file()}
     names = {CONFIG, INDEX, *(name for files in TOKENIZER_FILES.values() for name in files)}
     try:
@@ -253,3 +215,8 @@ def _is_ours(folder: Path) -> bool:
     except ValueError:
         return False
     return not others_weights and {entry.name for entry in entries - weights} <= names and bool(weights or not entries)
+
+
+def _is_adapters(folder: Path) -> bool:
+    """Whether a folder holds nothing but adapter files of ours."""
+    return folder.name == ADAPTERS and folder.is_dir() and all(map(is_ours, folder.iterdir()))

@@ -3,7 +3,7 @@
 It may be one of transformers (safetensors or pickles, in one file or several) or fairseq's model.pt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from xlscale.checkpoint.weights import CHUNK, FAIRSEQ, Weights, check_finite, op
 from xlscale.config import FIELDS
 from xlscale.config_rules import broken_rules
 from xlscale.config_sections import ModelConfig
+from xlscale.config_values import nearest
 from xlscale.models.heads import HEADS
 from xlscale.models.init import initial_rows
 
@@ -57,6 +58,22 @@ class HubFolder:
     def news(self) -> str:
         """What is not the folder's, in words; "" when all is."""
         return f"{self.where} has no {', '.join(self.new)}: drawn from seed {self.seed}" if self.new else ""
+
+    def with_languages(self, languages: Sequence[str]) -> "HubFolder":
+        """The same with the adapters of some of its languages only, whose ids are their places in `languages`.
+
+        A default language that is not among them is dropped. ValueError for a language that the folder has not.
+        """
+        if not self.model.languages:
+            raise ValueError(f"{self.where} is of type {self.model.model_type}, which has no languages to choose from")
+        for language in languages:
+            if language not in self.model.languages:
+                raise ValueError(f"{self.where} has no adapters of {language}{nearest(language, self.model.languages)}")
+        default = self.model.default_language if self.model.default_language in languages else ""
+        model = with_changes(self.model, {"languages": list(languages), "default_language": default})
+        wanted = shapes_of(model, self.head, pooler="pooler.dense.weight" in self.shapes)
+        places = {name: place for name, place in self.places.items() if name in wanted}
+        return replace(self, model=model, shapes=wanted, places=places)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a parameter along dimension 0, in the file's dtype; ValueError for a value that is not finite."""
@@ -104,7 +121,7 @@ def open_hub_folder(
     if own is None or own not in HEADS:
         names = ", ".join(HEADS)
         raise ValueError(f"{folder / CONFIG}: architectures says {own}, no head of ours; give head= as one of {names}")
-    model = _changed(model, changes)
+    model = with_changes(model, changes)
     if model.num_hidden_layers > len(weights.held):  # before a hostile config makes as many names
         raise ValueError(f"{where} has {len(weights.held)} tensors, too few for {model.num_hidden_layers} layers")
     if is_fairseq(weights):
@@ -118,7 +135,8 @@ def read_hub_folder(folder: str | Path, head: str | None = None) -> tuple[ModelC
     return found.model, found.shapes, found.read
 
 
-def _changed(model: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+def with_changes(model: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """The config with some fields changed; ValueError for an unknown field and for values that break a rule."""
     unknown = [name for name in changes if f"model.{name}" not in FIELDS]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: not a field of a model's config; see ModelConfig")

@@ -49,6 +49,8 @@ SECOND_NAMES = {
     "roberta.embeddings.word_embeddings.weight": "lm_head.decoder.weight",
     "lm_head.bias": "lm_head.decoder.bias",
 }
+VOCABULARY = ("encoder.embeddings.word.weight", "head.decoder.bias")
+"""Our parameters with a row for each id; the second one is a language model's."""
 BUFFERS = {"roberta.embeddings.position_ids", "roberta.embeddings.token_type_ids"}
 
 

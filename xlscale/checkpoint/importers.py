@@ -4,9 +4,10 @@ import logging
 import tempfile
 from pathlib import Path
 
-from xlscale.checkpoint.hub import DTYPES, write_hub_folder
+from xlscale.checkpoint.hub import write_hub_folder
 from xlscale.checkpoint.hub_config import TOKENIZER_FILES, TOKENIZERS
 from xlscale.checkpoint.hub_folder import HubFolder, open_hub_folder
+from xlscale.checkpoint.tensor_file import DTYPES
 from xlscale.tokenizer_bpe import load_tokenizer
 from xlscale.tokenizer_hub import HubTokenizer
 
@@ -35,7 +36,7 @@ def import_folder(source: str | Path, out: str | Path, dtype: str = "", unsafe: 
             opened.model,
             opened.shapes,
             opened.read,
-            tokenizer_folder=_tokenizer(folder, opened, Path(files)),
+            tokenizer_folder=tokenizer_folder(folder, opened, Path(files)),
             dtype=dtype or next(name for name, (kept, _, _) in DTYPES.items() if kept == opened.dtype),
             head=opened.head,
         )
@@ -43,7 +44,7 @@ def import_folder(source: str | Path, out: str | Path, dtype: str = "", unsafe: 
     return written
 
 
-def _tokenizer(folder: Path, opened: HubFolder, made: Path) -> Path | None:
+def tokenizer_folder(folder: Path, opened: HubFolder, made: Path) -> Path | None:
     """The folder of the tokenizer: the source's own if it is whole, else made anew in `made` from its vocabulary."""
     wanted = TOKENIZER_FILES[TOKENIZERS[opened.model.model_type]]
     vocabulary = [name for name in wanted if name in ("sentencepiece.bpe.model", "vocab.json", "merges.txt")]

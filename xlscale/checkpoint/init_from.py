@@ -7,7 +7,7 @@ import torch
 
 from xlscale.checkpoint.hub_config import TOKENIZER_FILES, TOKENIZERS
 from xlscale.checkpoint.hub_folder import HubFolder, open_hub_folder
-from xlscale.checkpoint.hub_names import Shapes, compare_shapes, shapes_of
+from xlscale.checkpoint.hub_names import VOCABULARY, Shapes, compare_shapes, shapes_of
 from xlscale.config_sections import Config
 from xlscale.config_values import toml_value
 from xlscale.models.init import initial_rows
@@ -17,7 +17,7 @@ from xlscale.tokenizer_bpe import load_tokenizer
 log = logging.getLogger(__name__)
 
 # May differ from the folder's: they change neither names nor shapes nor what the weights mean. Of adapters the names
-# say whose they are; of the vocabulary see below.
+# say whose they are; of the vocabulary the rows that the config has beyond the folder's are drawn from the seed.
 FREE = {
     "vocab_size",
     "hidden_dropout_prob",
@@ -31,8 +31,6 @@ FREE = {
     "id2label",
     "problem_type",
 }
-VOCABULARY = ("encoder.embeddings.word.weight", "head.decoder.bias")
-"""Parameters with a row for each id. Rows that the config has beyond the folder's are drawn from the seed."""
 
 
 def folder_rows(config: Config, problems: list[str], head: str = "ForMaskedLM") -> Rows:

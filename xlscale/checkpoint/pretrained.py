@@ -3,14 +3,17 @@
 import logging
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xlscale.checkpoint.hub import DTYPES, write_hub_folder
+from xlscale.checkpoint.hub import write_hub_folder
 from xlscale.checkpoint.hub_folder import HubFolder, open_hub_folder
+from xlscale.checkpoint.serving import AdapterReader
+from xlscale.checkpoint.tensor_file import DTYPES
 from xlscale.models.bare import Model, OnEncoder
 from xlscale.models.heads import HEADS
 from xlscale.tokenizer_hub import HubTokenizer
@@ -21,19 +24,30 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**1
 
 
 def load_pretrained(
-    folder: str | Path, head: str | None = None, *, dtype: torch.dtype | None = None, seed: int = 0, **changes: Any
+    folder: str | Path,
+    head: str | None = None,
+    *,
+    languages: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    **changes: Any,
 ) -> OnEncoder:
     """The model of a Hub folder (safetensors or .bin) or of fairseq's model.pt, on the CPU, in evaluation mode.
 
     head: "Model", "ForMaskedLM", "ForSequenceClassification", ...; None = as the folder's config.json says. What a head
-    other than the folder's needs besides is drawn from `seed`, and a warning says so. dtype: None = the files'.
-    changes: fields of the config that shall differ, as num_labels=5 or hidden_dropout_prob=0.0.
+    other than the folder's needs besides is drawn from `seed`, and a warning says so. languages: of an xmod model read
+    the adapters of these only; a language's id is its place here. dtype: None = the files'. changes: fields of the
+    config that shall differ, as num_labels=5 or hidden_dropout_prob=0.0.
     ValueError, in one line, for a folder that cannot be read or honoured.
     """
     opened = open_hub_folder(folder, head, seed, **changes)
+    if languages is not None:
+        opened = opened.with_languages(languages)
     if opened.new:
         log.warning("%s", opened.news())
-    return build_model(opened, dtype or opened.dtype)
+    model = build_model(opened, dtype or opened.dtype)
+    model.reads_adapters = AdapterReader(opened.dtype, bool(opened.new))
+    return model
 
 
 def build_model(opened: HubFolder, dtype: torch.dtype) -> OnEncoder:
@@ -64,11 +78,13 @@ def save_pretrained(
     folder: str | Path,
     tokenizer: str | Path | HubTokenizer | None = None,
     max_shard_size: int | str = "5GB",
+    adapters: bool = False,
 ) -> Path:
     """Write a model as the folder that transformers 4.56 and 5.x load, in the dtype of its weights.
 
-    tokenizer: one of ours, or the folder of one. max_shard_size: bytes of a file, or as "5GB". The folder appears whole
-    or not at all; ValueError for values that are not finite, and for a folder that xlscale did not write.
+    tokenizer: one of ours, or the folder of one. max_shard_size: bytes of a file, or as "5GB". adapters: write every
+    language's adapters in a file of their own too. The folder appears whole or not at all; ValueError for values that
+    are not finite, and for a folder that xlscale did not write.
     """
     parameters = dict(model.named_parameters())
     found = {parameter.dtype for parameter in parameters.values()}
@@ -88,6 +104,7 @@ def save_pretrained(
             dtype=names[0],
             max_shard_size=bytes_of(max_shard_size),
             head=model.architecture,
+            adapters=adapters,
         )
 
 

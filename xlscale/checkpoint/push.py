@@ -15,8 +15,9 @@ from typing import IO, Any
 # torch is not imported here: the uploading process starts in a second.
 
 TOKEN = "HF_TOKEN"
-STALE = ["model*.safetensors", "model.safetensors.index.json"]
-"""Of an earlier upload these go in the same commit: one whole file, if it stayed, would be loaded before new parts."""
+STALE = ["model*.safetensors", "model.safetensors.index.json", "adapters/*.safetensors"]
+"""Of an earlier upload these go in the same commit: one whole file, if it stayed, would be loaded before new parts, and
+adapters would be those of another trunk."""
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:

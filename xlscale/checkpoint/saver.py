@@ -201,6 +201,7 @@ class Saver:
             "step": step,
             "slot": slot,
             "optimizer_steps": sharded.optimizer_steps,
+            "language_steps": sharded.language_steps,
             "topology": {"dp": topology.dp, "tp": topology.tp, "zero_stage": self._config.parallel.zero_stage},
             "versions": versions(),
             "groups": sharded.groups(),

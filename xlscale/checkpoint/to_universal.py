@@ -22,6 +22,7 @@ from xlscale.checkpoint.store import Checkpoint
 from xlscale.config import load_config
 from xlscale.config_sections import Config
 from xlscale.data.shards import fsync_path
+from xlscale.models.adapters import language_of
 from xlscale.parallel.sharded import KINDS
 from xlscale.parallel.universal import (
     universal_entry,
@@ -84,7 +85,7 @@ def _write(checkpoint: Checkpoint, config: Config, partial: Path, tp: int) -> No
             whole = _whole(weights, kind, name, universal_shape(name, shape, tp))
             _save(universal_entry(name, whole), folder / f"{kind}.pt")
             del whole  # two of them would be in memory else
-        _save(torch.tensor(float(steps)), folder / STEP)
+        _save(torch.tensor(float(manifest["language_steps"].get(language_of(name), steps))), folder / STEP)
         fsync_path(folder)
     _save(universal_optimizer_state(_groups(config, checkpoint.step), steps), partial / ZERO / OPTIMIZER)
     skipped = len(checkpoint.state("faults").get("skipped", []))

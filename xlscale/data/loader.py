@@ -41,10 +41,14 @@ class RankSlots:
     accumulation: int
     micro_batch_size: int
     global_batch_size: int
+    run: int = 0
+    """Of sampling.micro_batch_slots."""
 
     def __call__(self, step: int) -> list[np.ndarray]:
         micro, whole = self.micro_batch_size, self.global_batch_size
-        return [micro_batch_slots(step, i, self.dp_rank, self.dp, micro, whole) for i in range(self.accumulation)]
+        return [
+            micro_batch_slots(step, i, self.dp_rank, self.dp, micro, whole, self.run) for i in range(self.accumulation)
+        ]
 
 
 class Loader:

@@ -234,9 +234,20 @@ def _block_schedule(
 
 
 def micro_batch_slots(
-    step: int, micro_step: int, dp_rank: int, dp: int, micro_batch_size: int, global_batch_size: int
+    step: int, micro_step: int, dp_rank: int, dp: int, micro_batch_size: int, global_batch_size: int, run: int = 0
 ) -> np.ndarray:
-    """Slots of one rank's micro-batch: those of all ranks and micro-steps are the update's global batch."""
-    assert global_batch_size % (dp * micro_batch_size) == 0, "checked with the config"
-    first = step * global_batch_size + (micro_step * dp + dp_rank) * micro_batch_size
-    return np.arange(first, first + micro_batch_size)
+    """Slots of one rank's micro-batch: those of all ranks and micro-steps are the update's global batch.
+
+    run: each rank has an equal part of every run of so many slots, so that all have the same languages; 0 = a row of
+    slots of its own.
+    """
+    whole = dp * micro_batch_size
+    assert global_batch_size % whole == 0, "checked with the config"
+    first = step * global_batch_size + micro_step * whole
+    if run == 0 or run >= whole:  # a micro-step of all ranks lies within one run
+        assert run == 0 or run % whole == 0, "checked with the config"
+        return np.arange(first, first + micro_batch_size) + dp_rank * micro_batch_size
+    assert whole % run == 0 and run % dp == 0, "checked with the config"
+    part = run // dp
+    starts = np.arange(first, first + whole, run) + dp_rank * part
+    return (starts[:, None] + np.arange(part)).reshape(-1)

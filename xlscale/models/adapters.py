@@ -12,6 +12,12 @@ from xlscale.config_sections import ModelConfig
 from xlscale.models.parts import Parts, activation
 
 
+def language_of(parameter: str) -> str:
+    """Language of an adapter's parameter, "" for any other."""
+    _, found, rest = parameter.partition(".adapters.")
+    return rest.partition(".")[0] if found else ""
+
+
 class Routing(NamedTuple):
     """Which rows of a batch go to which language; made once per forward and used in every layer."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xlscale.config_sections import ModelConfig
-from xlscale.models.adapters import route
+from xlscale.models.adapters import Adapter, Adapters, route
 from xlscale.models.attention import cross_mask, self_mask
 from xlscale.models.families import layout
 from xlscale.models.layer import Layer, LayerInput, recomputed
@@ -195,6 +195,48 @@ class Encoder(nn.Module):
             raise ValueError(f"there is no adapter for {language!r}; the languages are {known}")
         self.config = replace(self.config, default_language=language)
 
+    def add_language(self, language: str, read: Callable[[str], Tensor]) -> None:
+        """Give a language the adapters that `read` gives by our names, without "encoder."; its id is the last one.
+
+        They go where the other adapters are, in their dtype. Nothing has changed when `read` fails. Not while a
+        forward runs. ValueError for a model without adapters and for a language that it has.
+        """
+        config = self.config
+        if not config.languages:
+            raise ValueError(f"a model of type {config.model_type} has no adapters; use an xmod model")
+        if language in config.languages:
+            raise ValueError(f"{language} has adapters already; remove_adapter({language!r}) comes before others")
+        banks, made = self._adapters(), []
+        for index, bank in enumerate(banks):
+            like = next(bank.parameters())
+            adapter = Adapter(config, PLAIN).to(device="meta").train(self.training)
+            for name, _ in list(adapter.named_parameters()):
+                module, leaf = adapter.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                value = read(f"layers.{index}.adapters.{language}.{name}")
+                # A copy: what was read may be a view of a file.
+                setattr(module, leaf, nn.Parameter(torch.empty(value.shape, dtype=like.dtype).copy_(value)))
+            made.append(adapter.to(like.device))
+        for bank, adapter in zip(banks, made, strict=True):
+            bank[language] = adapter
+        self.config = replace(config, languages=[*config.languages, language])
+
+    def remove_language(self, language: str) -> None:
+        """Drop a language's adapters; the ids of those after it fall by one. Not while a forward runs.
+
+        ValueError for a language that the model has not, for the default one and for the last one.
+        """
+        config = self.config
+        if language not in config.languages:
+            known = ", ".join(config.languages) or "none: this model has no adapters"
+            raise ValueError(f"there is no adapter for {language!r}; the languages are {known}")
+        if language == config.default_language:
+            raise ValueError(f"{language} is the default language; set_default_language() to another first")
+        if len(config.languages) == 1:
+            raise ValueError(f"{language} is the only language; add another first")
+        self.config = replace(config, languages=[code for code in config.languages if code != language])
+        for bank in self._adapters():
+            del bank[language]
+
     def freeze_embeddings_and_language_adapters(self) -> None:
         """Train neither embeddings nor adapters, as before fine-tuning in one language for use in others.
 
@@ -207,6 +249,9 @@ class Encoder(nn.Module):
         frozen += [layer.adapter_norm for layer in self.layers if layer.adapter_norm is not None]
         for module in frozen:
             module.requires_grad_(False)
+
+    def _adapters(self) -> list[Adapters]:
+        return [layer.adapters for layer in self.layers if isinstance(layer.adapters, Adapters)]
 
     def _head_mask(self, head_mask: Tensor, index: int) -> Tensor:
         """The factors of one layer's heads [N]."""

@@ -60,6 +60,8 @@ class GuardedEngine(DeepSpeedEngine):
 
     before_update: Callable[[], None]
     """Called on all ranks between an update's last backward and its step."""
+    after_update: Callable[[bool], None]
+    """Called on all ranks after an update, with whether it was applied."""
 
     @classmethod
     def guard(cls, engine: DeepSpeedEngine) -> "GuardedEngine":
@@ -68,16 +70,13 @@ class GuardedEngine(DeepSpeedEngine):
         engine.__class__ = cls
         return engine
 
-    after_skip: Callable[[], None]
-    """Called on all ranks after an update that was not applied."""
-
     def step(self, *args: Any, **kwargs: Any) -> None:
         updates = self.is_gradient_accumulation_boundary()
         if updates:
             self.before_update()
         super().step(*args, **kwargs)
-        if updates and not self.was_step_applied():
-            self.after_skip()
+        if updates:
+            self.after_update(self.was_step_applied())
 
     def save_16bit_model(self, *_: Any, **__: Any) -> NoReturn:
         _refuse("save_16bit_model", "writes the slices of tensor-parallel rank 0 as if they were the model", EXPORT)

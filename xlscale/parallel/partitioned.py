@@ -1,8 +1,10 @@
 """ZeRO stage 3: no rank holds a whole parameter; every one is a flat partition, the optimizer's state with it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -17,13 +19,19 @@ from deepspeed.utils import (
 )
 from fairscale.nn.model_parallel import initialize as mpu
 
+from xlscale.models.adapters import language_of
+from xlscale.parallel.absent_adapters import AbsentAdapters
 from xlscale.parallel.offload import swapped_in
 from xlscale.parallel.sharded import FP32, ShardedModel
 from xlscale.parallel.topology import Topology
 
 
+@dataclass(frozen=True)
 class PartitionedModel(ShardedModel):
     """A model under ZeRO-3."""
+
+    adapter_gradients: list[torch.Tensor] = field(default_factory=list)
+    """During an update's step: the engine's pieces of the gradients of the adapters that it trains."""
 
     @classmethod
     def construction(cls, topology: Topology, engine_config: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -79,8 +87,36 @@ class PartitionedModel(ShardedModel):
         start, stop = self.partition(parameter)
         return None if local is None else local[: stop - start]  # what is past the end the engine never clears
 
-    def optimized_tensors(self) -> list[torch.Tensor]:
-        return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+    def optimized_tensors(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        optimizer = self.engine.optimizer
+        groups = optimizer.optimizer.param_groups
+        return [
+            (groups[optimizer.sub_group_to_group_id[number]], tensor)
+            for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat)
+        ]
+
+    def train_adapters(self, languages: Collection[str]) -> None:
+        super().train_adapters(languages)
+        groups = enumerate(self.optimized_tensors())
+        self._absent_adapters.set({number for number, (group, _) in groups if not group["present"]})
+
+    @cached_property
+    def _absent_adapters(self) -> AbsentAdapters:
+        return AbsentAdapters(self.engine)
+
+    def before_update(self) -> None:
+        super().before_update()
+        # The engine never clears its buffer of gradients: what an absent adapter has in it is of the last update that
+        # it was in. Its pieces can be had before the step only.
+        groups = self.engine.optimizer.param_groups
+        present = {group.get("language", "") for group in groups if group.get("present")} - {""}
+        trained = [parameter for name, parameter in self.named_parameters() if language_of(name) in present]
+        self.adapter_gradients[:] = [g for g in map(self.counted_gradient, trained) if g is not None]
+
+    def after_update(self, applied: bool) -> None:
+        for gradient in self.adapter_gradients:
+            gradient.zero_()
+        self.adapter_gradients.clear()
 
     def members(self) -> list[list[Any]]:
         optimizer = self.engine.optimizer
@@ -99,7 +135,7 @@ class PartitionedModel(ShardedModel):
         if small:
             small[0].all_gather(small)
 
-    def make_optimizer_state(self, steps: int) -> None:
-        for group, tensor in enumerate(self.optimized_tensors()):
-            with swapped_in(self.engine.optimizer, group):
-                self.make_state_of(tensor, steps)
+    def make_optimizer_state(self, steps: Mapping[str, int]) -> None:
+        for number, (group, tensor) in enumerate(self.optimized_tensors()):
+            with swapped_in(self.engine.optimizer, number):
+                self.make_state_of(tensor, steps.get(group.get("language", ""), 0))

@@ -88,7 +88,7 @@ class SharedStateModel(ReplicatedModel):
         if fragment is None:  # it lies in other data-parallel ranks' pieces
             return 0, torch.empty(0, device=parameter.device)
         # Not by the engine's safe_get_full_optimizer_state: at its first step it links the first group's moments only.
-        flat = self.optimized_tensors()[fragment.param_group_index]
+        _, flat = self.optimized_tensors()[fragment.param_group_index]
         state = flat.detach() if kind == FP32 else self.engine.optimizer.optimizer.state[flat][kind]
         address = fragment.hp_fragment_address
         return fragment.lp_fragment_address.start, state[address.start : address.start + address.numel]
@@ -106,16 +106,16 @@ class SharedStateModel(ReplicatedModel):
         piece: torch.Tensor = fragment.get_lp_grad_fragment(parameter._index_in_param_group)
         return piece
 
-    def optimized_tensors(self) -> list[torch.Tensor]:
-        return [tensor for group in self.engine.optimizer.param_groups for tensor in group["params"]]
+    def optimized_tensors(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        return [(group, tensor) for group in self.engine.optimizer.param_groups for tensor in group["params"]]
 
     def members(self) -> list[list[Any]]:
         optimizer = self.engine.optimizer  # BF16_Optimizer, of stage 1 in bf16, has another name for them
         found: list[list[Any]] = getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups
         return found
 
-    def drop_gradients(self) -> None:
-        if self.offloaded:  # in bf16 the engine would add the next update's to them
+    def after_update(self, applied: bool) -> None:
+        if not applied and self.offloaded:  # in bf16 the engine would add the next update's gradients to these
             for group in self.engine.optimizer.averaged_gradients:
                 self.engine.optimizer.averaged_gradients[group] = None
 
@@ -154,8 +154,8 @@ class WholeStateModel(ReplicatedModel):
     def counted_gradient(self, parameter: Any) -> torch.Tensor | None:
         return self.masters[parameter].grad
 
-    def optimized_tensors(self) -> list[torch.Tensor]:
-        return list(self.masters.values())
+    def optimized_tensors(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        return [(group, tensor) for group in self.engine.optimizer.param_groups for tensor in group["params"]]
 
     def members(self) -> list[list[Any]]:
         parameters = {master: parameter for parameter, master in self.masters.items()}

@@ -5,7 +5,7 @@ Rows that only fill up a split vocabulary are in neither: they are zero, and nob
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,8 +99,8 @@ class ShardedModel(ABC):
         """
 
     @abstractmethod
-    def optimized_tensors(self) -> list[torch.Tensor]:
-        """The fp32 tensors that AdamW updates on this rank, keys of its state."""
+    def optimized_tensors(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """The fp32 tensors that AdamW updates on this rank, keys of its state, each with its parameter group."""
 
     @abstractmethod
     def members(self) -> list[list[Any]]:
@@ -156,9 +156,33 @@ class ShardedModel(ABC):
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates that AdamW has applied: its bias correction depends on it."""
-        states = list(self.engine.optimizer.optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
+        """Updates that AdamW has applied: its bias correction depends on it. Those of no adapter."""
+        return self._steps().get("", 0)
+
+    @property
+    def language_steps(self) -> dict[str, int]:
+        """The same of the adapters of each language."""
+        return {language: steps for language, steps in self._steps().items() if language}
+
+    def _steps(self) -> dict[str, int]:
+        state = self.engine.optimizer.optimizer.state
+        return {
+            group.get("language", ""): int(state[tensor]["step"])
+            for group, tensor in self.optimized_tensors()
+            if tensor in state
+        }
+
+    def train_adapters(self, languages: Collection[str]) -> None:
+        """Say, before an update's first backward, whose adapters it trains: the same on all ranks.
+
+        Those of other languages stay as they are to the bit, with their moments and their count of updates.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["present"] = group.get("language", "") in ("", *languages)
+
+    def after_update(self, applied: bool) -> None:
+        """What has to be tidied up after an update: nothing, where nothing else is said."""
+        return
 
     def offloaded_norm(self, parameter: Any) -> torch.Tensor | None:
         """The norm of this rank's piece of the gradient, which the engine notes as it offloads the piece."""
@@ -167,11 +191,16 @@ class ShardedModel(ABC):
         )
         return norm
 
-    def load(self, rows: Rows, optimizer_steps: int = 0) -> None:
-        """Fill every partition from `rows`; the moments too when `optimizer_steps` > 0, on any topology. Collective."""
-        kinds = KINDS if optimizer_steps else (FP32,)
-        if optimizer_steps:
-            self.make_optimizer_state(optimizer_steps)
+    def load(self, rows: Rows, optimizer_steps: int = 0, language_steps: Mapping[str, int] | None = None) -> None:
+        """Fill every partition from `rows`; the moments too when an update was done, on any topology. Collective.
+
+        optimizer_steps, language_steps: as the properties of these names gave them.
+        """
+        steps = {"": optimizer_steps, **(language_steps or {})}
+        kinds = KINDS if any(steps.values()) else (FP32,)
+        # AdamW makes its state in its first step: of adapters that is not everyone's at once.
+        if len(kinds) > 1 or self.engine.module.config.languages:
+            self.make_optimizer_state(steps)
         with self.writing():
             for name, parameter in self.named_parameters():
                 for kind in kinds:
@@ -193,10 +222,10 @@ class ShardedModel(ABC):
                 block = block[:, shape[1] * self.topology.tp_rank : shape[1] * (self.topology.tp_rank + 1)]
         return block.reshape(-1)[start - first * width : stop - first * width]
 
-    def make_optimizer_state(self, steps: int) -> None:
-        """AdamW makes its state in its first step; a resumed run needs it before that."""
-        for tensor in self.optimized_tensors():
-            self.make_state_of(tensor, steps)
+    def make_optimizer_state(self, steps: Mapping[str, int]) -> None:
+        """AdamW makes its state in its first step; a resumed run needs it before that. `steps`: by language."""
+        for group, tensor in self.optimized_tensors():
+            self.make_state_of(tensor, steps.get(group.get("language", ""), 0))
 
     def make_state_of(self, tensor: torch.Tensor, steps: int) -> None:
         """AdamW's state of one tensor after `steps` updates, its moments to be filled."""
@@ -209,9 +238,9 @@ class ShardedModel(ABC):
         """What write() has to be called within."""
         return nullcontext()
 
-    def drop_gradients(self) -> None:
-        """Drop what the engine has left of a skipped update's gradients: nothing, where nothing else is said."""
-        return
+    def before_update(self) -> None:
+        """What has to be done between an update's last backward and its step. Collective."""
+        self.spread_faults()
 
     def spread_faults(self) -> None:
         """Let a value that is not finite in any rank's gradient be seen by all ranks' norms. Collective.

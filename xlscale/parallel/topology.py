@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from xlscale.config import ConfigError
+from xlscale.ports import free_port
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +59,6 @@ class Topology:
 def world_size_from_environment() -> int:
     """Number of processes the launcher started, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _stand_in_for_the_launcher() -> None:

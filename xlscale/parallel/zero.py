@@ -62,5 +62,7 @@ def build(
         )
     check_parameters(engine, topology)
     sharded = holding(GuardedEngine.guard(engine), topology, dropout_key, engine_config)
-    engine.before_update, engine.after_skip = sharded.spread_faults, sharded.drop_gradients
+    if config.model.languages:
+        sharded.train_adapters(config.model.languages)
+    engine.before_update, engine.after_update = sharded.before_update, sharded.after_update
     return sharded

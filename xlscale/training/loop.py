@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from xlscale.checkpoint.consolidate import TOKENS_SEEN
 from xlscale.checkpoint.newest import take_up
 from xlscale.config import ConfigError, check_topology
 from xlscale.config_sections import Config
@@ -90,6 +92,7 @@ def _train(config: Config, topology: Topology, console: Console, signals: Signal
     accepted = stream.check_state(checkpoint.state("stream"), config.data.allow_changes) if checkpoint else []
     changes = stream_changes(checkpoint, accepted)
     faults = resume_faults(config, checkpoint)
+    seen = Counter[str](checkpoint.state(TOKENS_SEEN) if checkpoint else {})
     data_faults = DataFaults(config.faults.max_replaced, checkpoint.state("data_faults") if checkpoint else {})
     if config.parallel.self_check:
         self_check(config, topology, adamw)
@@ -119,7 +122,9 @@ def _train(config: Config, topology: Topology, console: Console, signals: Signal
             record, step = update.record | {"save_seconds": checkpoints.held_seconds()}, step + 1
             metrics.update(record)
             checkpoints.note(record, update.fault)
-            if update.fault:
+            if not update.fault:
+                seen.update(record["tokens_per_language"])
+            else:
                 report_skip(update, stream, config, topology, metrics)
             data_faults.tell(update.replaced, step, metrics)
             if step % config.logging.every == 0 or step == last:
@@ -140,6 +145,7 @@ def _train(config: Config, topology: Topology, console: Console, signals: Signal
                     "stream": {**stream.state_dict(record["slot"]), "changes": changes},
                     "faults": faults.state_dict(),
                     "data_faults": data_faults.state_dict(),
+                    TOKENS_SEEN: dict(seen),
                 }
                 unsaved = checkpoints.save(step, record["slot"], states)
             if step == last or give_up or leaving or _due(step, config.export.every):

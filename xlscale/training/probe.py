@@ -34,8 +34,8 @@ _WAY_OUT = "restore [model], or report it; checkpoint.probe = false goes on all 
 def probe(sharded: ShardedModel, config: Config) -> dict[str, Tensor]:
     """The fixed inputs and their logits, on the CPU, the same on all ranks; nothing when checkpoint.probe is off.
 
-    `input_ids` [B, T], `positions` [B, T] (bool: those that are looked at) and `logits` [M, V] as the forward pass
-    gave them. Collective.
+    `input_ids` [B, T], `positions` [B, T] (bool: those that are looked at), with adapters `lang_ids` [B], and `logits`
+    [M, V] as the forward pass gave them. Collective.
     """
     if not config.checkpoint.probe:
         return {}
@@ -79,7 +79,10 @@ def probe_inputs(model: ModelConfig, tokens: int) -> dict[str, Tensor]:
         length = tokens - row * tokens // (2 * ROWS)
         ids_BT[row, length:] = model.pad_token_id
         positions_BT[row, [1, length - 1]] = True
-    return {"input_ids": ids_BT, "positions": positions_BT}
+    inputs = {"input_ids": ids_BT, "positions": positions_BT}
+    if model.languages:
+        inputs["lang_ids"] = torch.arange(ROWS) % len(model.languages)
+    return inputs
 
 
 def farthest(found_MV: Tensor, wanted_MV: Tensor) -> tuple[float, float]:
@@ -102,7 +105,12 @@ def _logits(sharded: ShardedModel, inputs: dict[str, Tensor]) -> Tensor:
     engine.eval()
     try:
         with torch.no_grad():
-            output = engine(ids_BT, attention_mask=ids_BT != config.pad_token_id, positions=positions_BT)
+            output = engine(
+                ids_BT,
+                attention_mask=ids_BT != config.pad_token_id,
+                positions=positions_BT,
+                lang_ids=inputs.get("lang_ids"),
+            )
     finally:
         engine.train()
     logits_MV: Tensor = output.logits_MV

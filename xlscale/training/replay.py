@@ -39,7 +39,7 @@ def replay(path: Path, overrides: list[str]) -> list[str]:
         done = load_weights(sharded, checkpoint, config)
         first = faulty.step - 1
         batches = [rows_of(faulty.batch, slots) for slots in my_slots(config, topology)(first)]
-        passed = forward_and_backward(sharded, batches, len(faulty.codes), faulty.seed, limit=None)
+        passed = forward_and_backward(sharded, batches, faulty.codes, faulty.seed, limit=None)
         norm, bad_gradients = _gradients(sharded)
         bad_weights = _bad_weights(sharded)
         rows = _micro_batches(batches, passed, faulty.codes, topology)

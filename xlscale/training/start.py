@@ -21,6 +21,7 @@ from xlscale.training.faults import Faults
 from xlscale.training.groups import group_problem
 from xlscale.training.metrics import MetricsLog
 from xlscale.training.probe import probe_problems
+from xlscale.training.routing import adapters_of
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +39,17 @@ def open_stream_together(config: Config, topology: Topology, console: Console) -
     if topology.is_main:
         try:
             stream = open_stream(config, console.step("tokenising"))
-            _check_vocabulary(stream, config)
+            _check_model(stream, config)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     raise_together(problems)
     return open_stream(config) if stream is None else stream
 
 
-def _check_vocabulary(stream: Stream, config: Config) -> None:
-    """Refuse a model with fewer rows than the tokenizer has ids."""
+def _check_model(stream: Stream, config: Config) -> None:
+    """Refuse a model with fewer rows than the tokenizer has ids, or without an adapter for a language of the data."""
+    if config.model.languages:
+        adapters_of(stream.languages, config.model)
     if stream.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is less than the {stream.vocab_size} ids of the tokenizer "
@@ -109,7 +112,8 @@ def load_weights(sharded: ShardedModel, checkpoint: Checkpoint | None, config: C
         )
     if problem := group_problem(checkpoint, sharded, config):
         raise ValueError(problem)
-    sharded.load(checkpoint.rows, checkpoint.manifest["optimizer_steps"])
+    steps = checkpoint.manifest["optimizer_steps"], checkpoint.manifest["language_steps"]
+    sharded.load(checkpoint.rows, *steps)
     if config.checkpoint.probe:
         changed = changes_since(checkpoint, config)
         raise_together(probe_problems(sharded, checkpoint.state("probe"), str(checkpoint.folder), changed))

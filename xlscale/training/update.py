@@ -6,7 +6,7 @@ L languages, C columns of sums, B rows of a micro-batch, M masked positions
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from xlscale.training.data_faults import DataFaults, Replacements, agree, by_sha
 from xlscale.training.faults import Faults
 from xlscale.training.generators import seed_generators
 from xlscale.training.inputs import model_inputs
+from xlscale.training.routing import adapters_of, grouped, sum_and_agree
 from xlscale.training.schedule import lr_at
 
 COLUMNS = LOSS, MASKED, CORRECT, TOKENS, SAMPLES, REPLACED, ASKED, WRITING, FAILED = range(9)
@@ -103,7 +104,7 @@ def run_update(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     skipped_before = sharded.skipped_updates
-    passed = forward_and_backward(sharded, batches, len(languages), training.seed, faults.limit, news)
+    passed = forward_and_backward(sharded, batches, languages, training.seed, faults.limit, news)
     engine.step()
 
     per_language = passed.sums_LC.cpu().numpy()
@@ -154,13 +155,14 @@ def my_slots(config: Config, topology: Topology) -> RankSlots:
         accumulation_steps(config, topology),
         config.training.micro_batch_size,
         config.training.global_batch_size,
+        config.data.language_run if config.data.languages_per_micro_step else 0,
     )
 
 
 def forward_and_backward(
     sharded: ShardedModel,
     batches: list[Batch],
-    languages: int,
+    languages: Sequence[str],
     seed: int,
     limit: float | None,
     news: Callable[[], News] = News,
@@ -169,17 +171,26 @@ def forward_and_backward(
 
     A loss that is not finite, or is above `limit`, makes the gradient NaN on all ranks, and the engine then skips.
     That is decided on the device, between the last forward and its backward. limit None: the gradient is left as it is.
+    `languages`: the stream's. A model with adapters is told of those of the update; ConfigError on all ranks when a
+    micro-step has not the same ones on all.
     `news` is called as late as its answer can still go with the update's sums.
     """
     topology, engine = sharded.topology, sharded.engine
-    sums_LC = torch.zeros(languages, len(COLUMNS), dtype=torch.float64)
+    model = engine.module.config
+    sums_LC = torch.zeros(len(languages), len(COLUMNS), dtype=torch.float64)
     for batch in batches:
         _count(sums_LC, batch)
-    masked = sums_LC[:, MASKED].sum().to(topology.device)
-    dist.all_reduce(masked, group=topology.dp_group)
+    mine = float(sums_LC[:, MASKED].sum())
+    adapters = adapters_of(languages, model) if model.languages else None
+    if adapters is None:
+        masked = sum_over_ranks(mine, topology)
+    else:
+        batches = [grouped(batch, adapters) for batch in batches]
+        masked = sum_and_agree(mine, batches, languages, topology)
+        sharded.train_adapters({languages[i] for batch in batches for i in batch.languages})
     sums_LC = sums_LC.to(topology.device)
     # DeepSpeed averages over the data-parallel ranks; what is wanted is the sum over the update's own count.
-    scale = topology.dp / max(float(masked), 1.0)
+    scale = topology.dp / max(masked, 1.0)
     # Widths that tensor cores like, few enough that the allocator meets them again; tensor-parallel ranks share them.
     multiple = math.lcm(8, topology.tp)
     micro_losses = []
@@ -187,8 +198,9 @@ def forward_and_backward(
         if number:
             engine.step()  # inside an update it only counts the micro-step
         sharded.dropout_key.set(seed, int(batch.slots[0]))
+        lang_ids = {} if adapters is None else {"lang_ids": torch.from_numpy(adapters[batch.languages])}
         seed_generators(seed, int(batch.slots[0]))
-        output = engine(**model_inputs(batch, topology.device, engine.module.config.pad_token_id, multiple))
+        output = engine(**model_inputs(batch, topology.device, model.pad_token_id, multiple), **lang_ids)
         losses_M = output.losses_M.detach()
         language_M = torch.from_numpy(batch.languages).to(topology.device, non_blocking=True)[output.rows_M]
         sums_LC[:, LOSS].index_add_(0, language_M, losses_M.double())
@@ -209,6 +221,13 @@ def forward_and_backward(
         if verdict is not None:
             verdict.remove()
     return Passed(sums_LC, loss, micro_losses)
+
+
+def sum_over_ranks(value: float, topology: Topology) -> float:
+    """The sum over the data-parallel ranks."""
+    total = torch.tensor(value, dtype=torch.float64, device=topology.device)
+    dist.all_reduce(total, group=topology.dp_group)
+    return float(total)
 
 
 def _condemn(sharded: ShardedModel, good: torch.Tensor) -> Any:
