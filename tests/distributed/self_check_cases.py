@@ -156,7 +156,7 @@ def drift_named(stage: int, topology: Topology) -> dict[str, list[str]]:
     sharded.load(lambda _, name, start, stop: initial_rows(name, shapes[name], config.model, 1, start, stop))
     found = {"untouched": drifted(sharded)}
     parameter = dict(sharded.named_parameters())[NUDGED]
-    sharded.make_optimizer_state(1)
+    sharded.make_optimizer_state({"": 1})
     found["with moments"] = drifted(sharded)
     for kind in KINDS:
         values = sharded.read(parameter, kind).clone()

@@ -10,7 +10,9 @@ from tests.distributed.launch import ROOT, run
 CASES = ROOT / "tests" / "distributed"
 
 
-@pytest.mark.parametrize(("how", "ranks", "cases"), [("split", 2, 7), ("split", 4, 7), ("zero", 2, 5)])
+@pytest.mark.parametrize(
+    ("how", "ranks", "cases"), [("split", 2, 7), pytest.param("split", 4, 7, marks=pytest.mark.slow), ("zero", 2, 5)]
+)
 def test_losses_and_gradients_are_those_of_one_process(how: str, ranks: int, cases: int, tmp_path: Path) -> None:
     run(ranks, [str(CASES / "encoder_cases.py"), how], tmp_path / "log", timeout=300)
     assert (tmp_path / "log.0").read_text().count("is the same") == cases

@@ -103,6 +103,7 @@ REGIONS: dict[str, tuple[str, Callable[[Path], int]]] = {
     "faults": ("faults.json", middle),
     "data faults": ("data_faults.json", middle),
     "means": ("means.json", middle),
+    "tokens seen": ("tokens_seen.json", middle),
     "probe": ("probe.safetensors", middle),
     "config": ("config.toml", middle),
     "tokenizer": ("tokenizer/tokenizer.json", middle),

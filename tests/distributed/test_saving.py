@@ -130,6 +130,7 @@ def release(folder: Path) -> None:
         path.unlink()
 
 
+@pytest.mark.slow
 def test_a_save_that_is_due_waits_for_the_one_under_way_on_any_rank(
     at_once: Path, tiny_config: ConfigFor, tmp_path: Path
 ) -> None:
@@ -146,7 +147,7 @@ def test_a_save_that_is_due_waits_for_the_one_under_way_on_any_rank(
     assert curve(run_dir) == curve(at_once / "stage-3")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_write_that_fails_on_one_rank_ends_the_run_on_all_with_one_line(
     rank: int, tiny_config: ConfigFor, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_write_that_fails_on_one_rank_ends_the_run_on_all_with_one_line(
     assert newest(run_dir / "checkpoints") is None
 
 
+@pytest.mark.slow
 def test_a_signal_waits_for_the_write_under_way_and_saves_once_more(
     at_once: Path, tiny_config: ConfigFor, tmp_path: Path
 ) -> None:
